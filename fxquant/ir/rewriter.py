@@ -31,6 +31,7 @@ from fxquant.ir.places import Origin, place_of
 from fxquant.ir.proofs import inferring, prove
 from fxquant.ir.tensors import are_alike, contiguous, fake_in, fake_mode_of, get_tensor, is_finite, set_tensor
 from fxquant.memory.bound import kept
+from fxquant.memory.mappings import give_back
 
 _PLACE = ("nn_module_stack", "stack_trace")  # Keys of ``node.meta`` for the place in the model's code.
 _FEWEST_EDITS, _EDITS_PER_NODE = 20_000, 100  # A pass that makes more edits is taken to loop for ever.
@@ -152,6 +153,7 @@ class Rewriter:
         if not has_content(attribute):
             record(attribute, self.history(attribute).then(*(by or (self.pass_name,))))
         note_fold(self.module, attribute, by, self.pass_name)
+        give_back(self.tensor(attribute))
         set_tensor(self.module, str(attribute.target), value)
         if not are_alike(attribute.meta["val"], value):  # Else it stays, and with it the proofs of readers.
             attribute.meta["val"] = fake_in(self._fake_mode, value)
@@ -160,6 +162,7 @@ class Rewriter:
 
     def forget(self, attribute: fx.Node) -> None:
         """Drop the values of a parameter that is about to lose its last reader; its shape and dtype remain."""
+        give_back(self.tensor(attribute))
         with self._fake_mode:
             set_tensor(self.module, str(attribute.target), torch.empty_like(attribute.meta["val"]))
         if self.fingerprint is not None:

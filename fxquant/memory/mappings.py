@@ -5,13 +5,21 @@ from __future__ import annotations
 import ctypes
 import mmap
 import re
+import sys
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) *(.*)$")
+
+
+_PRESENT, _SWAPPED, _OF_FILE = (1 << bit for bit in (63, 62, 61))  # Of the words of /proc/self/pagemap.
+_SMALLEST = 1 << 16  # Bytes; the memory of smaller tensors is left as it is.
 
 
 @dataclass
@@ -83,3 +91,33 @@ class FileWeights:
     def clear(self) -> None:
         """Let go of all weights."""
         self._held.clear()
+
+
+def give_back(tensor: Tensor) -> bool:
+    """Let the system take back the memory of a tensor that nothing will read soon, if a file has its values.
+
+    The tensor stays valid: reading it again brings its values back from the file. Tensors that lie in memory, and those
+    that were written to since they were mapped, are left as they are.
+
+    Returns:
+        Whether the memory was given back.
+    """
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if not plain or isinstance(tensor, FakeTensor) or tensor.device.type != "cpu" or tensor.nbytes < _SMALLEST:
+        return False
+    if sys.platform != "linux" or not tensor.is_contiguous():
+        return False
+    page = mmap.PAGESIZE
+    first, behind = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(8 * first)
+            words = np.frombuffer(file.read(8 * (behind - first)), dtype=np.uint64)
+    except OSError:  # Some containers hide it.
+        return False
+    # A page that was written to is no longer one of the file. Pages that are absent and not swapped hold nothing else.
+    lost = (words & _SWAPPED != 0) | ((words & _PRESENT != 0) & (words & _OF_FILE == 0))
+    if len(words) != behind - first or bool(lost.any()):
+        return False
+    advise = ctypes.CDLL(None, use_errno=True).madvise
+    return not advise(ctypes.c_void_p(first * page), ctypes.c_size_t((behind - first) * page), mmap.MADV_DONTNEED)

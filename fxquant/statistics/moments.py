@@ -2,11 +2,14 @@
 
 A matrix of all pairs of channels is as large as a weight, and updating it costs as much as running a layer. So only
 what a recipe asks for is recorded, from at most :data:`ROWS_PER_CALL` rows of each call. The matrix is symmetric, so
-only the upper triangle is kept, in bands of rows, which take little more than half of the memory.
+only the upper triangle is kept, in bands of rows, which take little more than half of the memory. As long as the rows
+themselves take less than half of that, they are kept in place of the matrix. Whoever asks for moments gets the matrix
+that the same additions in the same order give.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,7 @@ ROWS_PER_CALL = 1024
 """The most rows of one call that are recorded; more rows would cost much and add little information."""
 
 _BAND = 256  # Rows of the matrix that are kept and updated together.
+_SHARE = 0.5  # Of the bytes of the matrix: rows that take more are summed up.
 _MOST = 2.0**40  # The largest value for float32 sums: the sum of the squares of 2^46 such values is still finite.
 
 
@@ -31,35 +35,63 @@ class SecondMoments:
 
     Attributes:
         channels: C.
-        scale: The square roots of the diagonal, ``[C]``, once :meth:`seal` was called; None before. Before the call,
-            the object holds sums of x x^T in float32, or in float64 once a square could overflow; after the call, it
-            holds correlations in float16.
+        sealed: Whether :meth:`seal` was called. Before the call, the sums of x x^T are in float32, or in float64 once a
+            square could overflow; after the call, correlations are in float16.
         sums: Sum of the rows by timestep, float64 ``[C]``.
         counts: Number of rows by timestep.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.channels = channels
-        # One allocation, because freeing many small ones would fragment the memory.
-        size = sum(rows * columns for rows, columns in _shapes(channels))
-        self._held = zeros((size,), torch.float32, device)
-        self.scale: Tensor | None = None
+        self.sealed = False
         self.sums: dict[float, Tensor] = {}
         self.counts: dict[float, int] = {}
+        self._rows: list[Tensor] | None = []  # By call, in the dtype of the value; None once they are summed up.
+        self._held = torch.empty(0, dtype=torch.float32, device=device)
+        self._device = self._held.device
+        self._scale: Tensor | None = None  # The square roots of the diagonal, ``[C]``, if correlations are held.
 
     def add(self, rows: Tensor, timestep: float) -> None:
-        """Add rows ``[n, C]`` seen at one timestep."""
+        """Add rows ``[n, C]`` seen at one timestep. They may be held, so nobody may write into them afterwards."""
         self.check_open()
+        total = rows.to(torch.float32).sum(dim=0, dtype=torch.float64)
+        self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total
+        self.counts[timestep] = self.counts.get(timestep, 0) + len(rows)
+        if self._rows is None:
+            self._sum(rows)
+            return
+        self._rows.append(kept(rows))
+        if sum(some.nbytes for some in self._rows) > 4 * _size(self.channels) * _SHARE:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Hold the matrix in place of the rows."""
+        if self._rows is None:
+            return
+        rows, self._rows = self._rows, None
+        # One allocation, because freeing many small ones would fragment the memory.
+        self._held = zeros((_size(self.channels),), torch.float32, self._device)
+        for some in rows:
+            self._sum(some)
+        if self.sealed:
+            self._to_correlations()
+
+    def _sum(self, rows: Tensor) -> None:
         rows = rows.to(torch.float32)
-        total = rows.sum(dim=0, dtype=torch.float64)
         if float(rows.abs().max()) > _MOST:
             self._widen()
         rows = rows.to(self._held.dtype)
         for number, band in enumerate(self.bands):
             right = rows[:, number * _BAND :]
             band.addmm_(right[:, : len(band)].T, right)
-        self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total
-        self.counts[timestep] = self.counts.get(timestep, 0) + len(rows)
+
+    def _summed(self) -> SecondMoments:
+        """These moments with the matrix, which is dropped with the object if these hold rows."""
+        if self._rows is None:
+            return self
+        made = copy.copy(self)
+        made._sum_up()
+        return made
 
     def _widen(self) -> None:
         held, self._held = self._held, zeros(self._held.shape, torch.float64, self._held.device)
@@ -69,6 +101,8 @@ class SecondMoments:
         """Add what another run saw."""
         self.check_open()
         other.check_open()
+        self._sum_up()
+        other = other._summed()
         if other._held.dtype == torch.float64:
             self._widen()
         for ours, theirs in zip(self.bands, other.bands, strict=True):
@@ -89,6 +123,7 @@ class SecondMoments:
             parts: Sums and counts by timestep of the ranks that recorded any, in the order of the ranks.
         """
         self.check_open()
+        self._sum_up()
         if dtype == torch.float64:
             self._widen()
         team.add_up(self._held)
@@ -105,11 +140,15 @@ class SecondMoments:
         Correlations, -1 to 1, are rounded to float16. The error is at most 2^-12 of the two channels' root mean
         squares, far less than the change from another sample of rows.
         """
-        if self.scale is not None:
-            return
+        if not self.sealed:
+            self.sealed = True
+            if self._rows is None:
+                self._to_correlations()
+
+    def _to_correlations(self) -> None:
         bands = self.bands
-        self.scale = torch.cat([band.diagonal() for band in bands]).sqrt()
-        inverse = torch.where(self.scale > 0, 1 / self.scale, 0.0)
+        self._scale = torch.cat([band.diagonal() for band in bands]).sqrt()
+        inverse = torch.where(self._scale > 0, 1 / self._scale, 0.0)
         self._held = zeros(self._held.shape, torch.float16, self._held.device)
         for number, (sealed, band) in enumerate(zip(self.bands, bands, strict=True)):
             start = number * _BAND
@@ -121,7 +160,7 @@ class SecondMoments:
         Raises:
             CalibrationError: They are sealed.
         """
-        if self.scale is not None:  # The values held are divided by the scale.
+        if self.sealed:
             raise CalibrationError(
                 "these statistics were reduced to what rounding needs, so they can be neither saved nor added to; to "
                 "keep statistics, pass your own: fxquant.compile(..., statistics=fxquant.Statistics())"
@@ -130,40 +169,46 @@ class SecondMoments:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the sums of x x^T."""
+        self._sum_up()
         return self._held.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the sums are."""
-        return self._held.device
+        return self._device
 
     def to(self, device: torch.device | str) -> SecondMoments:
         """Move all sums to a device; returns the object."""
+        self._sum_up()
         self._held = self._held.to(device)
+        self._device = self._held.device
         self.sums = {timestep: total.to(device) for timestep, total in self.sums.items()}
         return self
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._held.nbytes + 8 * len(self.sums) * self.channels
+        held = self._held.nbytes + sum(rows.nbytes for rows in self._rows or ())
+        return held + 8 * len(self.sums) * self.channels
 
     @property
     def bands(self) -> list[Tensor]:
         """Views of the upper triangle's rows: band i is ``[256, C - 256 i]``; the last band may have fewer rows."""
+        self._sum_up()
         return _pieces(self._held, _shapes(self.channels))
 
     @property
     def matrix(self) -> Tensor:
         """The sums of x x^T, float64 ``[C, C]``, as a new tensor."""
-        whole = torch.empty(self.channels, self.channels, dtype=torch.float64, device=self._held.device)
-        for number, band in enumerate(self.bands):
+        summed = self._summed()
+        whole = torch.empty(self.channels, self.channels, dtype=torch.float64, device=self._device)
+        for number, band in enumerate(summed.bands):
             start = number * _BAND
             stop = start + len(band)
             rows = whole[start:stop, start:]
             rows.copy_(band)
-            if self.scale is not None:
-                rows.mul_(self.scale[start:stop, None]).mul_(self.scale[start:])
+            if summed._scale is not None:
+                rows.mul_(summed._scale[start:stop, None]).mul_(summed._scale[start:])
             square = whole[start:stop, start:stop]
             square.copy_(square.triu() + square.triu(1).T)
             whole[stop:, start:stop] = whole[start:stop, stop:].T
@@ -208,7 +253,7 @@ class SecondMoments:
             CalibrationError: They are sealed.
         """
         self.check_open()
-        yield "moments", self._held.cpu()
+        yield "moments", self._summed()._held.cpu()
         yield "moment_timesteps", torch.tensor(list(self.sums), dtype=torch.float64)
         yield "moment_sums", torch.stack([*self.sums.values()]).cpu()
         yield "moment_counts", torch.tensor([*self.counts.values()], dtype=torch.int64)
@@ -223,7 +268,7 @@ class SecondMoments:
         sums, steps = tensors["moment_sums"], tensors["moment_timesteps"].tolist()
         counts = tensors["moment_counts"].tolist()
         # Compared before anything is allocated: sums of no timestep can state any number of channels.
-        held = sum(rows * columns for rows, columns in _shapes(channels))
+        held = _size(channels)
         if not steps or sums.shape != (len(steps), channels) or tensors["moments"].shape != (held,):
             raise ValueError("second moments and their sums do not fit together")
         if not (sums.isfinite().all() and tensors["moments"].isfinite().all() and min(counts, default=0) > 0):
@@ -231,7 +276,7 @@ class SecondMoments:
         found = cls(channels)
         if tensors["moments"].dtype not in (torch.float32, torch.float64):
             raise ValueError(f"second moments are {tensors['moments'].dtype}, not float32 or float64")
-        found._held = kept(tensors["moments"].clone())
+        found._rows, found._held = None, kept(tensors["moments"].clone())
         found.sums = dict(zip(steps, sums.clone(), strict=True))
         found.counts = dict(zip(steps, counts, strict=True))
         return found
@@ -239,6 +284,11 @@ class SecondMoments:
 
 def _shapes(channels: int) -> list[tuple[int, int]]:
     return [(min(_BAND, channels - start), channels - start) for start in range(0, channels, _BAND)]
+
+
+def _size(channels: int) -> int:
+    """Elements of the bands of a matrix."""
+    return sum(rows * columns for rows, columns in _shapes(channels))
 
 
 def _pieces(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from fxquant.errors import CalibrationError, CheckpointError
 from fxquant.numerics.finite import within_float32
+from fxquant.statistics import moments as moments_module
 from fxquant.statistics.channels import ChannelStatistics
 from fxquant.statistics.collection import Statistics
 from fxquant.statistics.moments import ROWS_PER_CALL, SecondMoments
@@ -104,6 +105,43 @@ def test_sealed_they_take_half_the_room_and_stay_what_they_were(channels):
     assert ((moments.matrix - before).abs() <= 2**-11 * root * root[:, None] * (1 + 1e-6)).all()
     assert torch.equal(moments.matrix, moments.matrix.T)
     torch.testing.assert_close(moments.matrix.diagonal(), before.diagonal(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("largest", [1.0, 1e30])
+def test_few_rows_are_held_in_place_of_the_matrix_which_is_the_same(sealed, dtype, largest, monkeypatch):
+    def made():
+        generator, found = torch.Generator().manual_seed(0), SecondMoments(700)
+        for step in (3.0, 1.0, 3.0):
+            x = torch.randn(20, 700, generator=generator)
+            x[:, 5] *= largest
+            found.add(x.to(dtype), step)
+        if sealed:
+            found.seal()
+        return found
+
+    held = made()
+    assert held.nbytes <= 60 * 700 * dtype.itemsize + 2 * 8 * 700
+    monkeypatch.setattr(moments_module, "_SHARE", 0.0)
+    summed = made()
+    assert summed.nbytes > 700 * 350 * (2 if sealed else 4)
+    shifts = {step: torch.ones(700) for step in (1.0, 3.0)}
+    assert torch.equal(held.of(torch.full((700,), 3.0), shifts), summed.of(torch.full((700,), 3.0), shifts))
+    assert held.nbytes <= 60 * 700 * dtype.itemsize + 2 * 8 * 700
+    if not sealed:
+        assert all(torch.equal(one, dict(summed.tensors())[name]) for name, one in held.tensors())
+        both = made()
+        both.merge(held)
+        assert held.dtype == summed.dtype and torch.equal(both.matrix, 2 * summed.matrix)
+
+
+def test_more_rows_are_summed_up():
+    moments, x = SecondMoments(300), torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
+    for part in x.split(50):
+        moments.add(part, 1.0)
+    assert moments.nbytes < 4 * 300 * 320
+    torch.testing.assert_close(moments.matrix, (x.T @ x).double(), rtol=1e-5, atol=1e-4)
 
 
 def test_sealed_they_are_neither_saved_nor_added_to(tmp_path):

@@ -1,0 +1,57 @@
+"""Memory of tensors in mapped files is given back, and no value is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fxquant.memory.bound import resident
+from fxquant.memory.mappings import give_back
+
+_ROWS, _COLUMNS = 4096, 2048  # 32 MiB of float32.
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> Tensor:
+    """A tensor in a mapped file."""
+    values = torch.arange(_ROWS * _COLUMNS, dtype=torch.float32).view(_ROWS, _COLUMNS)
+    save_file({"other": torch.ones(3, dtype=torch.float64), "a": values}, tmp_path / "a")
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        found = file.get_tensor("a")
+    assert isinstance(found, Tensor)
+    return found
+
+
+def test_memory_of_a_file_is_given_back_and_read_again(mapped: Tensor) -> None:
+    total = float(mapped.double().sum())
+    before = resident()
+    assert give_back(mapped)
+    assert resident() < before - 0.9 * mapped.nbytes
+    assert float(mapped.double().sum()) == total
+    assert give_back(torch.nn.Parameter(mapped[1024:2048], requires_grad=False))
+
+
+def test_what_was_written_is_not_given_back(mapped: Tensor) -> None:
+    mapped[7, 9] = -1.0
+    assert not give_back(mapped)
+    assert float(mapped[7, 9]) == -1.0
+    assert give_back(mapped[2048:])  # No page of it was written to.
+
+
+@pytest.mark.parametrize("kind", ["in memory", "of zeros", "small", "of a view", "on meta"])
+def test_other_tensors_are_left_as_they_are(mapped: Tensor, kind: str) -> None:
+    tensor = {
+        "in memory": torch.ones(_ROWS, _COLUMNS),
+        "of zeros": torch.zeros(_ROWS, _COLUMNS),
+        "small": mapped[:2],
+        "of a view": mapped.T,
+        "on meta": torch.empty(_ROWS, _COLUMNS, device="meta"),
+    }[kind]
+    expected = None if tensor.is_meta else tensor.clone()
+    assert not give_back(tensor)
+    assert expected is None or torch.equal(tensor, expected)
