@@ -17,6 +17,7 @@ import fxquant
 from fxquant.errors import CheckpointError, ConfigurationError, MemoryLimitError
 from fxquant.memory.bound import resident
 from fxquant.pipeline.recipes import make_recipe
+from fxquant.planning import working_sets
 from tests.adapters.fluxes import MODEL, images, make_pipe
 from tests.memory.tight import tight
 from tests.tiny import calibrate, make_dit, make_pipeline
@@ -136,6 +137,18 @@ def test_the_layer_that_is_too_large_is_named_before_calibration(tmp_path: Path)
         ) as raised:
             fxquant.compile(model, recipe="ptq4dit-gptq-w4a8", calibrate=run)
     assert raised.value.smallest > 10**8 and len(calls) == 1
+
+
+def test_activations_that_are_too_large_are_refused_before_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = make_dit(1), []
+    monkeypatch.setattr(working_sets, "_FOLDED", 0)  # So that the call is larger than any layer of so small a model.
+    with tight(tmp_path) as bound:
+        bound.limit = 1 << 20
+        with pytest.raises(MemoryLimitError, match=r"one call of the model with \d+ samples needs .* Give at least"):
+            fxquant.compile(model, recipe="rtn-w8a8", calibrate=lambda: calls.append(calibrate(model)()))
+    assert not calls
 
 
 def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:

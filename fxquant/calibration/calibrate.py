@@ -15,7 +15,7 @@ from fxquant.calibration.journal import Journal
 from fxquant.calibration.kept_calls import Spread, calls_wanted, some_samples
 from fxquant.calibration.later_moments import LaterMoments
 from fxquant.calibration.later_steps import LaterSteps
-from fxquant.calibration.refusals import not_called, refuse_autocast
+from fxquant.calibration.refusals import not_called, refuse_autocast, refuse_other_steps
 from fxquant.calibration.samples import KEPT_SAMPLES, RUN_SAMPLES, Sample, timestep_of
 from fxquant.capture.calls import Call
 from fxquant.capture.describe import warn_of_many
@@ -247,23 +247,27 @@ class Calibration:
         bind(captured.module, self.weights)
         if self.original is not None:
             self.original.compare(captured, call)
-        number = self.adopt(captured, [captured.inputs(call.leaves)] if self.prepare.prove else [])
+        inputs = [captured.inputs(call.leaves)] if self.prepare.prove else []
+        # Calls without a batch dimension have the sizes that they were traced with.
+        number = self.adopt(captured, inputs, max(captured.call.batch_size(call.leaves), 1))
         warn_of_many(call, [graph.call for graph in self.prepared])
         return number
 
-    def adopt(self, captured: CapturedGraph, inputs: Sequence[list[Tensor]] = ()) -> int:
+    def adopt(self, captured: CapturedGraph, inputs: Sequence[list[Tensor]] = (), batch: int = 0) -> int:
         """Prepare a captured graph whose weights are bound, and make the graph that observes; returns its number.
 
         Args:
             captured: The graph.
             inputs: Inputs of calls on which passes are proved.
+            batch: Batch size of the calls that will run; 0 if none will.
 
         Raises:
+            MemoryLimitError: If memory is bounded by less than a call or a layer needs.
             CalibrationError: If the statistics hold another denoising step than the recipe observes.
         """
         records = self.prepare.run(captured.module, PassContext(self.plan, inputs=list(inputs)))
         self.records = self.records or records
-        self._refuse_other_steps()
+        refuse_other_steps(self.statistics.run, self.plan)
         self._later.wanted = self.plan.later_steps
         steps = (*self.prepare.passes, *self.convert)
         check_repeats(steps, self.plan)
@@ -277,7 +281,7 @@ class Calibration:
             self._keys.setdefault(name, {})[key] = None
         layers = self.plan.layers.items()
         rounded = [name for name, own in layers if any(ask(step, "wants_moments", own) for step in self.convert)]
-        require_largest(self.plan, rounded)
+        require_largest(self.plan, rounded, observed.graph, batch)
         moments = frozenset(key for name in rounded for key in self._keys.get(name, ()))
         if moments and self._records_later():
             self._moments = self._moments or LaterMoments(self.statistics)
@@ -295,18 +299,6 @@ class Calibration:
         """Whether second moments are recorded after calibration: where memory is bounded and nobody keeps them."""
         unkept = self.statistics.transient and self.statistics.run is None and self.journal is None
         return current() is not None and unkept and self.alone
-
-    def _refuse_other_steps(self) -> None:
-        run, plan = self.statistics.run, self.plan
-        if run is not None and (run.step, run.later) != (plan.observed_step, plan.later_steps):
-            held, wanted = (
-                "all steps" if step is None else f"step {step}" + (f" and {later} later" if later else "")
-                for step, later in ((run.step, run.later), (plan.observed_step, plan.later_steps))
-            )
-            raise CalibrationError(
-                f"the statistics hold {held} of the sampler, and the recipe observes {wanted}; calibrate with this "
-                "recipe"
-            )
 
     def _wants_float_input(self, layer: LayerPlan) -> bool:
         wanted = any(ask(step, "wants_statistics", layer) or ask(step, "wants_moments", layer) for step in self.convert)

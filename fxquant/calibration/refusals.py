@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fxquant.capture.threads import autocast_dtype
 from fxquant.capture.whole import whole_of
 from fxquant.errors import CalibrationError, NotCalledError
+from fxquant.planning.plan import Plan
+from fxquant.statistics.kept_calls import Run
 
 
 def refuse_autocast(leaves: Sequence[Any]) -> None:
@@ -42,3 +44,23 @@ def not_called(model: nn.Module) -> NotCalledError:
         f"calibrate returned without calling the model ({type(model).__name__}); it must call this very object, "
         "for example through the pipeline that holds it"
     )
+
+
+def refuse_other_steps(run: Run | None, plan: Plan) -> None:
+    """Refuse statistics of other denoising steps than the recipe observes.
+
+    Args:
+        run: What the statistics were recorded from; None if nothing was recorded.
+        plan: Says which steps are observed.
+
+    Raises:
+        CalibrationError: Names both.
+    """
+    if run is not None and (run.step, run.later) != (plan.observed_step, plan.later_steps):
+        held, wanted = (
+            "all steps" if step is None else f"step {step}" + (f" and {later} later" if later else "")
+            for step, later in ((run.step, run.later), (plan.observed_step, plan.later_steps))
+        )
+        raise CalibrationError(
+            f"the statistics hold {held} of the sampler, and the recipe observes {wanted}; calibrate with this recipe"
+        )
