@@ -64,12 +64,15 @@ def _content(folder: Path) -> dict[str, Any]:
     return {**found, "plan": plan, "config": (folder / "config.json").read_text()}
 
 
-def _check_equal(load: Callable[[], tuple[Any, Callable[[], Any]]], recipe: str, place: Path) -> None:
+def _check_equal(
+    load: Callable[[], tuple[Any, Callable[[], Any]]], recipe: str, place: Path, backend: str = "fake-quant"
+) -> None:
+    options: Any = {"recipe": recipe, "backend": backend, "measure": 2}
     model, run = load()
-    fxquant.save(fxquant.compile(model, recipe=recipe, calibrate=run, measure=2), place / "memory")
+    fxquant.save(fxquant.compile(model, calibrate=run, **options), place / "memory")
     model, run = load()
     with tight(place) as bound:
-        made = fxquant.compile(model, recipe=recipe, calibrate=run, measure=2)
+        made = fxquant.compile(model, calibrate=run, **options)
         assert bound.scratch.nbytes > 0
         fxquant.save(made, place / "bounded")
     assert _content(place / "bounded") == _content(place / "memory")
@@ -92,6 +95,15 @@ def test_a_model_in_memory_is_equal_too(tmp_path: Path) -> None:
         return model, calibrate(model)
 
     _check_equal(load, "rtn-w8a8", tmp_path)
+
+
+@pytest.mark.exhaustive
+def test_the_native_backend_is_equal_too(tmp_path: Path) -> None:
+    def load() -> tuple[Any, Callable[[], Any]]:
+        model = make_dit(1)
+        return model, calibrate(model)
+
+    _check_equal(load, "rtn-w8a8", tmp_path, "native")
 
 
 def test_a_run_that_keeps_what_it_finished_is_equal_too(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from fxquant.ir.places import Origin, place_of
 from fxquant.ir.proofs import inferring, prove
 from fxquant.ir.tensors import are_alike, contiguous, fake_in, fake_mode_of, get_tensor, is_finite, set_tensor
 from fxquant.memory.bound import kept
-from fxquant.memory.mappings import give_back
+from fxquant.memory.mappings import give_back, give_back_freed
 
 _PLACE = ("nn_module_stack", "stack_trace")  # Keys of ``node.meta`` for the place in the model's code.
 _FEWEST_EDITS, _EDITS_PER_NODE = 20_000, 100  # A pass that makes more edits is taken to loop for ever.
@@ -155,6 +155,7 @@ class Rewriter:
         note_fold(self.module, attribute, by, self.pass_name)
         give_back(self.tensor(attribute))
         set_tensor(self.module, str(attribute.target), value)
+        give_back_freed(value.nbytes)
         if not are_alike(attribute.meta["val"], value):  # Else it stays, and with it the proofs of readers.
             attribute.meta["val"] = fake_in(self._fake_mode, value)
         self.log.tensors.append(TensorEdit.folded(str(attribute.target), by))
@@ -167,6 +168,7 @@ class Rewriter:
             set_tensor(self.module, str(attribute.target), torch.empty_like(attribute.meta["val"]))
         if self.fingerprint is not None:
             self.fingerprint.forget(str(attribute.target))
+        give_back_freed(self.tensor(attribute).nbytes)
         self.log.tensors.append(TensorEdit("dropped", str(attribute.target)))
         self._note(attribute, [attribute])
 

@@ -1,4 +1,8 @@
-"""Files that other libraries mapped into memory, such as the weights of a model that diffusers read."""
+"""Memory that the system can take back.
+
+Files that other libraries mapped, such as the weights of a model that diffusers read, hold the values. The allocator
+holds memory that was freed.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ import sys
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,6 +26,15 @@ _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) *(.*)$")
 
 _PRESENT, _SWAPPED, _OF_FILE = (1 << bit for bit in (63, 62, 61))  # Of the words of /proc/self/pagemap.
 _SMALLEST = 1 << 16  # Bytes; the memory of smaller tensors is left as it is.
+
+
+_OFTEN = 1 << 24  # Bytes that are freed between two calls of the allocator.
+
+
+class _Freed:
+    """Bytes that were freed since the last call of the allocator."""
+
+    nbytes = 0
 
 
 @dataclass
@@ -119,5 +134,44 @@ def give_back(tensor: Tensor) -> bool:
     lost = (words & _SWAPPED != 0) | ((words & _PRESENT != 0) & (words & _OF_FILE == 0))
     if len(words) != behind - first or bool(lost.any()):
         return False
-    advise = ctypes.CDLL(None, use_errno=True).madvise
-    return not advise(ctypes.c_void_p(first * page), ctypes.c_size_t((behind - first) * page), mmap.MADV_DONTNEED)
+    return _advise(first, behind)
+
+
+def _advise(first: int, behind: int) -> bool:
+    """Let the system take back pages, by number; returns whether it did."""
+    place, size = first * mmap.PAGESIZE, (behind - first) * mmap.PAGESIZE
+    if size <= 0:
+        return False
+    return not ctypes.CDLL(None).madvise(ctypes.c_void_p(place), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def drop_values(values: npt.NDArray[Any]) -> None:
+    """Let the system take back the memory of an array whose values nothing will read.
+
+    Afterwards the array holds any values. It may be written to again.
+
+    Args:
+        values: A contiguous array in memory that no file holds.
+    """
+    assert values.flags.c_contiguous
+    if sys.platform == "linux":  # Elsewhere the memory is freed with the array.
+        address, page = values.ctypes.data, mmap.PAGESIZE
+        first, behind = -(-address // page), (address + values.nbytes) // page
+        _advise(first, behind)
+
+
+def give_back_freed(nbytes: int) -> None:
+    """Let the system take back memory that was freed, now and then.
+
+    The allocator of the GNU C library holds freed blocks of up to 32 MiB, among which weights, their copies and second
+    moments leave gaps as large as themselves.
+
+    Args:
+        nbytes: How many bytes were freed; they are counted, because a call of the allocator takes milliseconds.
+    """
+    _Freed.nbytes += nbytes
+    if _Freed.nbytes >= _OFTEN:
+        _Freed.nbytes = 0
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        if trim is not None:  # Other C libraries have no such function.
+            trim(0)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.memory.bound import resident
-from fxquant.memory.mappings import give_back
+from fxquant.memory.mappings import _OFTEN, give_back, give_back_freed
 
 _ROWS, _COLUMNS = 4096, 2048  # 32 MiB of float32.
 
@@ -55,3 +55,13 @@ def test_other_tensors_are_left_as_they_are(mapped: Tensor, kind: str) -> None:
     expected = None if tensor.is_meta else tensor.clone()
     assert not give_back(tensor)
     assert expected is None or torch.equal(tensor, expected)
+
+
+def test_freed_memory_that_the_allocator_holds_is_given_back() -> None:
+    blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(128)]
+    before = resident()
+    left = blocks[::2]  # So that the heap cannot simply become shorter.
+    del blocks
+    give_back_freed(_OFTEN)
+    assert resident() < before - 0.8 * 64 * (1 << 20)
+    assert all(bool((block == 1).all()) for block in left)

@@ -17,6 +17,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
+from fxquant.memory.mappings import drop_values
 from fxquant.numerics.finite import within_float32
 from fxquant.numerics.formats import FORMATS, Scales
 from fxquant.numerics.ranges import RangeMethod
@@ -89,8 +90,8 @@ def _inverse_factor(backwards: npt.NDArray[np.float64]) -> npt.NDArray[np.float3
     """U, upper triangular, with ``U^T U`` the inverse of a matrix; None if the matrix is not positive definite.
 
     Args:
-        backwards: The matrix with both axes reversed. Its strict lower triangle stays unchanged. The rest, including
-            the diagonal, is overwritten, because a matrix may be too large for a copy.
+        backwards: The matrix with both axes reversed. It is overwritten, because a matrix may be too large for a copy.
+            If there is no U, the strict lower triangle is unchanged.
     """
     # With both axes reversed, a Cholesky factor L becomes R, upper triangular, with matrix = R R^T. U = R^-1 is L^-1
     # reversed. LAPACK works in place on the transpose, which has the order of elements that LAPACK needs.
@@ -100,10 +101,17 @@ def _inverse_factor(backwards: npt.NDArray[np.float64]) -> npt.NDArray[np.float3
     lower, failed = lapack.dtrtri(lower, lower=1, overwrite_c=1)
     if failed:
         return None
-    factor = lower[::-1, ::-1].astype(np.float32, order="C")
-    for row in range(1, len(factor)):  # As np.triu, which would make a copy.
-        factor[row, :row] = 0
-    return factor if np.isfinite(factor.min()) and np.isfinite(factor.max()) else None
+    columns = lower.T  # Row j holds column j of L^-1, from the diagonal on.
+    blocks = [(start, min(start + _BLOCK, len(columns))) for start in range(0, len(columns), _BLOCK)]
+    if not all(np.isfinite(columns[start:stop, start:].astype(np.float32)).all() for start, stop in blocks):
+        return None
+    factor = np.zeros(columns.shape, dtype=np.float32)
+    for start, stop in blocks:  # The factor grows by half of what the matrix loses, so both together never grow.
+        own = columns[len(columns) - stop : len(columns) - start]
+        factor[:stop, start:stop] = own[::-1, ::-1][:, :stop].T
+        factor[start:stop, start:stop] = np.triu(factor[start:stop, start:stop])
+        drop_values(own)
+    return factor
 
 
 def _permute(matrix: npt.NDArray[np.float64], order: npt.NDArray[np.int64]) -> None:

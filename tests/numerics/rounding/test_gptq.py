@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
+from fxquant.memory.bound import resident
 from fxquant.numerics.formats import Integer
 from fxquant.numerics.grids import affine_parameters
 from fxquant.numerics.ranges import weight_range
@@ -155,3 +156,11 @@ def test_factors_in_the_memory_of_the_moments_are_the_same(activation_order: boo
     again = ErrorFeedback.of(moments, activation_order=activation_order, overwrite=True)
     assert torch.equal(again.factor, found.factor) and torch.equal(again.order, found.order)
     assert torch.equal(found.factor, found.factor.triu()) and not torch.equal(moments, before)
+
+
+def test_the_memory_of_the_moments_is_given_back_while_the_factor_is_made() -> None:
+    moments = torch.eye(2048, dtype=torch.float64) + 0.01
+    before = resident()
+    found = ErrorFeedback.of(moments, overwrite=True)
+    assert resident() < before - 0.9 * (moments.nbytes - found.factor.nbytes) + (4 << 20)
+    assert torch.equal(found.factor, found.factor.triu())
