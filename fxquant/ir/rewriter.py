@@ -31,7 +31,7 @@ from fxquant.ir.places import Origin, place_of
 from fxquant.ir.proofs import inferring, prove
 from fxquant.ir.tensors import are_alike, contiguous, fake_in, fake_mode_of, get_tensor, is_finite, set_tensor
 from fxquant.memory.bound import kept
-from fxquant.memory.mappings import give_back, give_back_freed
+from fxquant.memory.mappings import let_go
 
 _PLACE = ("nn_module_stack", "stack_trace")  # Keys of ``node.meta`` for the place in the model's code.
 _FEWEST_EDITS, _EDITS_PER_NODE = 20_000, 100  # A pass that makes more edits is taken to loop for ever.
@@ -80,8 +80,6 @@ class Rewriter:
                 "what is rewritten already"
             )
         self._edits = number
-
-    # --- tensors ---
 
     def tensor(self, node: Any) -> Tensor:
         """The tensor that a ``get_attr`` node reads: real, or fake while a plan is replayed without weights."""
@@ -153,9 +151,8 @@ class Rewriter:
         if not has_content(attribute):
             record(attribute, self.history(attribute).then(*(by or (self.pass_name,))))
         note_fold(self.module, attribute, by, self.pass_name)
-        give_back(self.tensor(attribute))
+        let_go(self.tensor(attribute))
         set_tensor(self.module, str(attribute.target), value)
-        give_back_freed(value.nbytes)
         if not are_alike(attribute.meta["val"], value):  # Else it stays, and with it the proofs of readers.
             attribute.meta["val"] = fake_in(self._fake_mode, value)
         self.log.tensors.append(TensorEdit.folded(str(attribute.target), by))
@@ -163,12 +160,11 @@ class Rewriter:
 
     def forget(self, attribute: fx.Node) -> None:
         """Drop the values of a parameter that is about to lose its last reader; its shape and dtype remain."""
-        give_back(self.tensor(attribute))
+        let_go(self.tensor(attribute))
         with self._fake_mode:
             set_tensor(self.module, str(attribute.target), torch.empty_like(attribute.meta["val"]))
         if self.fingerprint is not None:
             self.fingerprint.forget(str(attribute.target))
-        give_back_freed(self.tensor(attribute).nbytes)
         self.log.tensors.append(TensorEdit("dropped", str(attribute.target)))
         self._note(attribute, [attribute])
 
@@ -250,8 +246,6 @@ class Rewriter:
         record(node, history)
         self._made(node, sources)
         return node
-
-    # --- nodes ---
 
     @contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:

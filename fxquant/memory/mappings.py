@@ -108,6 +108,13 @@ class FileWeights:
         self._held.clear()
 
 
+def let_go(tensor: Tensor) -> None:
+    """Take note that another tensor takes the place of this one: its memory is given back, or soon will be."""
+    real = not isinstance(tensor, FakeTensor) and tensor.device.type == "cpu"
+    if real and not give_back(tensor):
+        give_back_freed(tensor.nbytes)
+
+
 def give_back(tensor: Tensor) -> bool:
     """Let the system take back the memory of a tensor that nothing will read soon, if a file has its values.
 

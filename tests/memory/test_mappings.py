@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.memory.bound import resident
-from fxquant.memory.mappings import _OFTEN, give_back, give_back_freed
+from fxquant.memory.mappings import _OFTEN, give_back, give_back_freed, let_go
 
 _ROWS, _COLUMNS = 4096, 2048  # 32 MiB of float32.
 
@@ -55,6 +55,15 @@ def test_other_tensors_are_left_as_they_are(mapped: Tensor, kind: str) -> None:
     expected = None if tensor.is_meta else tensor.clone()
     assert not give_back(tensor)
     assert expected is None or torch.equal(tensor, expected)
+
+
+def test_a_weight_that_was_replaced_leaves_memory(mapped: Tensor) -> None:
+    total, before = float(mapped.double().sum()), resident()
+    let_go(mapped)
+    assert resident() < before - 0.9 * mapped.nbytes
+    let_go(mapped.to("meta"))
+    let_go(mapped + 1.0)  # In memory: it is freed with its last reference.
+    assert float(mapped.double().sum()) == total
 
 
 def test_freed_memory_that_the_allocator_holds_is_given_back() -> None:
