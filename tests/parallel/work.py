@@ -23,8 +23,8 @@ def outputs_of(rank: int, size: int, folders: Sequence[tuple[str, Sequence[dict[
     """Load each model, make it tensor-parallel, and make calls of it.
 
     Returns:
-        Of each model: ``outputs`` of the calls, ``bytes`` of the codes of the whole model and of this rank, ``graphs``,
-        their number after the calls, and ``errors``, messages of what is refused.
+        Of each model: ``outputs`` of the calls, ``bytes`` of the linears' codes of the whole model and of this rank,
+        ``graphs``, their number after the calls, and ``errors``, messages of what is refused.
     """
     mesh = init_device_mesh("cpu", (size,))
     styles.LARGE = 0  # Float layers of tiny models are divided as well.
@@ -36,8 +36,9 @@ def outputs_of(rank: int, size: int, folders: Sequence[tuple[str, Sequence[dict[
         for number, call in enumerate(calls):
             with torch.inference_mode() if number % 2 else torch.no_grad():
                 outputs.append(model(**call).sample)
+        linears = {f"{name}.weight_packed" for name, layer in whole.plan.layers.items() if layer.kind == "linear"}
         sizes = tuple(
-            tensor_bytes({name: tensor for name, tensor in held.tensors().items() if name.endswith("weight_packed")})
+            tensor_bytes({name: tensor for name, tensor in held.tensors().items() if name in linears})
             for held in (whole, model)
         )
         found.append({"outputs": outputs, "bytes": sizes, "graphs": len(model.graphs), "errors": _refusals(model)})

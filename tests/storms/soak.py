@@ -111,7 +111,7 @@ class Soak:
         self._threads = torch.get_num_threads()
         for name in families:
             kind, _, backend = name.partition("/")
-            model = {"dit": tiny_dit, "flux": tiny_flux}[kind](layers=1 if short else 2)
+            model = {"dit": tiny_dit, "flux": tiny_flux}[kind](layers=2)
             recipe = "ptq4dit-w4a8" if backend == "fake-quant" else "smoothquant-w8a8"
             try:
                 made = fxquant.compile(model, recipe=recipe, backend=backend, calibrate=calibration(model), measure=0)
