@@ -151,6 +151,19 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
     raise PassError("the graph has no shapes; capture it with fxquant or run shape propagation first")
 
 
+def forget_inferred(graph: fx.Graph) -> None:
+    """Empty torch's cache of the shapes that ops gave in a graph, when nothing will be inferred for it soon.
+
+    The cache of a trace takes more memory than the graph, and torch's caches of functions keep the last traces alive,
+    also those of models that are gone.
+    """
+    for node in graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
+            value.fake_mode.shape_env.fake_tensor_cache.clear()
+            return
+
+
 def fake_in(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
     """A fake tensor of a mode like ``value``, a real tensor or a fake one of any mode."""
     if not isinstance(value, FakeTensor):

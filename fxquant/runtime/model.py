@@ -21,7 +21,7 @@ from fxquant.capture.threads import tracing_alone, without_autocast
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError, QualityWarning
 from fxquant.ir.shared import SharedTensors
-from fxquant.ir.tensors import read_tensors, weights_and_buffers
+from fxquant.ir.tensors import forget_inferred, read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.plan import Plan
 from fxquant.runtime.caches.cacheable import Cacheable
@@ -144,6 +144,7 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
         self._share([*self.every, captured])  # First, because another thread may call a listed graph at once.
         self.graphs.append(captured.module)
         self.captured.append(captured)
+        forget_inferred(captured.module.graph)
 
     @property
     def serving(self) -> list[CapturedGraph]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxquant
 from fxquant.pipeline.recipes import make_recipe
@@ -72,22 +72,29 @@ _SD3 = attention("transformer_blocks.0.attn", "to_out.0", "to_add_out", added=Tr
 }  # fmt: skip
 
 CASES = {
-    "static": Case("dit", "ptq4dit-w8a8", _DIT),
     "per-token": Case("flux", "dynamic-w8a8", _FLUX),
     "groups": Case("sd3", "rtn-w4a8-g8", _SD3),
-    "timesteps": Case("pixart", "htg-w8a8", _PIXART),
     "branches": Case("dit", "svdquant-w4a4", _DIT, {"split-low-rank": {"rank": 2}}),
 }
 MORE = {
-    "rotated": Case("flux", "quarot-w4a4", _FLUX),
+    "static": Case("dit", "ptq4dit-w8a8", _DIT),
+    "timesteps": Case("pixart", "htg-w8a8", _PIXART),
+    "rotated": Case("flux", "quarot-w4a4", dict.fromkeys(_FLUX, GATHERED)),  # A rotation mixes channels of all ranks.
     "attention": Case("sd3", "ptq4dit-w8a8", _SD3, layers="all"),
     "float inputs": Case("pixart", "rtn-w4a16", _PIXART),
     "branches of joint attention": Case("flux", "svdquant-w4a4", _FLUX, {"split-low-rank": {"rank": 2}}),
 }
 
 
-def assert_alike(name: str, output: Any, wanted: Any) -> None:
-    torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}")
+def assert_alike(name: str, output: Tensor, wanted: Tensor) -> None:
+    """Sums of several ranks are rounded in another order. So a code near the middle of two values may be its neighbour.
+
+    Then the outputs of a token differ by the part of a step of the grid. At most 1 % of all outputs may.
+    """
+    difference = (output - wanted).abs()
+    differs = difference > 1e-5 * (1 + wanted.abs())
+    assert float(differs.float().mean()) < 0.01, (name, float(difference.max()))
+    assert float(difference.max()) < 1e-3 * float(wanted.abs().max()), (name, float(difference.max()))
 
 
 def check(cases: Mapping[str, Case], folder: Path) -> None:
