@@ -264,13 +264,13 @@ class Soak:
                 self.result.wrong.append(f"{key}: another result than with other numbers of torch threads")
 
     def _count(self) -> None:
-        for _ in range(2):
+        for _ in range(4):  # What one collection frees may hold other cycles.
             gc.collect()
         _trim()
         self.result.memory.append(_resident())
         objects = gc.get_objects()
         counts = {kind.__name__: sum(isinstance(one, kind) for one in objects) for kind in COUNTED}
-        counts["objects of fxquant"] = sum(type(one).__module__.startswith("fxquant.") for one in objects)
+        counts["objects of fxquant"] = sum(str(type(one).__module__).startswith("fxquant.") for one in objects)
         counts["graphs"] = sum(len(model.captured) for model in self.models.values())
         counts["hooks"] = sum(
             len(module._forward_hooks) + len(module._forward_pre_hooks)
