@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from diffusers import FirstBlockCacheConfig
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import fxquant
 from fxquant.capture.graph import CapturedGraph
@@ -264,19 +265,21 @@ class Soak:
                 self.result.wrong.append(f"{key}: another result than with other numbers of torch threads")
 
     def _count(self) -> None:
-        for _ in range(4):  # What one collection frees may hold other cycles.
-            gc.collect()
-        _trim()
-        self.result.memory.append(_resident())
-        objects = gc.get_objects()
-        counts = {kind.__name__: sum(isinstance(one, kind) for one in objects) for kind in COUNTED}
-        counts["objects of fxquant"] = sum(str(type(one).__module__).startswith("fxquant.") for one in objects)
-        counts["graphs"] = sum(len(model.captured) for model in self.models.values())
-        counts["hooks"] = sum(
+        hooks = sum(  # First, because the modules of a model are made when somebody asks for them.
             len(module._forward_hooks) + len(module._forward_pre_hooks)
             for model in self.models.values()
             for module in model.modules()
         )
+        for _ in range(4):  # What one collection frees may hold other cycles.
+            gc.collect()
+        _trim()
+        self.result.memory.append(_resident())
+        # Torch keeps the shapes of the last traces, as fake tensors, in caches of functions.
+        objects = [one for one in gc.get_objects() if not isinstance(one, FakeTensor)]
+        counts = {kind.__name__: sum(isinstance(one, kind) for one in objects) for kind in COUNTED}
+        counts["objects of fxquant"] = sum(str(type(one).__module__).startswith("fxquant.") for one in objects)
+        counts["graphs"] = sum(len(model.captured) for model in self.models.values())
+        counts["hooks"] = hooks
         counts["results kept here"] = len(self.first)
         for name, count in counts.items():
             self.result.objects.setdefault(name, []).append(count)
