@@ -25,8 +25,8 @@ from torch.nn import functional
 
 from fxquant.backends.native import machine
 from fxquant.backends.native.compiled import weights
+from fxquant.memory.mappings import trim
 from fxquant.numerics.weights import QuantizedWeight, encode_weight
-from fxquant.runtime.devices import give_back_memory
 
 Call = Callable[[Tensor], Tensor]
 
@@ -101,7 +101,7 @@ def peak_mib(call: Call, x: Tensor, warm: Callable[[], object]) -> float:
     if child == 0:
         try:
             warm()
-            give_back_memory()  # The call would fill free memory of earlier calls before it asks for more.
+            trim()  # The call would fill free memory of earlier calls before it asks for more.
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Forgets the peak so far.
             before = _status("VmRSS")
             call(x)

@@ -7,7 +7,6 @@ before the bound is reached. Reading such memory brings it back, so the code tha
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import mmap
 import sys
@@ -24,12 +23,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.errors import ConfigurationError, MemoryLimitError
-from fxquant.memory.mappings import FileWeights
+from fxquant.memory.mappings import SMALLEST, FileWeights, is_large, trim
 from fxquant.memory.scratch import Scratch
 
 log = logging.getLogger(__name__)
 
-_SMALLEST = 1 << 16  # Bytes; smaller tensors stay in memory.
 _SECONDS = 0.004  # Between two looks at the resident set. Pages come in at some gigabytes per second.
 _PATIENCE = 0.25  # Seconds until memory is given back again if the last time did not help.
 _PAUSE = 20  # Times as long as it took to give memory back, until it is given back again below the bound.
@@ -61,8 +59,7 @@ class Bound:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The same values in a file. Tensors that are small, fake, trained or on another device stay as they are."""
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-        if not plain or tensor.device.type != "cpu" or tensor.nbytes < _SMALLEST or tensor.requires_grad:
+        if not is_large(tensor) or tensor.requires_grad:
             return tensor
         made = self.scratch.copy(tensor)
         self.relax()
@@ -74,7 +71,7 @@ class Bound:
         The values stay the same. Weights that share memory still do.
         """
         tensors = [*model.parameters(), *model.buffers()]
-        large = [t for t in tensors if t.device.type == "cpu" and t.nbytes >= _SMALLEST and not _is_fake(t)]
+        large = [t for t in tensors if t.device.type == "cpu" and t.nbytes >= SMALLEST and not _is_fake(t)]
         moved: dict[int, Tensor] = {}
         for tensor in self._weights.take([tensor for tensor in large if not self.scratch.holds(tensor)]):
             storage = tensor.untyped_storage()
@@ -120,7 +117,7 @@ class Bound:
             self.scratch.release()
             self._weights.release()
             if resident() > self.limit - self._margin:
-                ctypes.CDLL(None).malloc_trim(0)
+                trim()
             self._after, now = resident(), time.monotonic()
             self._next = now + _PATIENCE + _PAUSE * (now - began)
 
@@ -181,7 +178,7 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     """A tensor of zeros, in a file while memory is bounded and if it is large."""
     bound = current()
     size = torch.Size(shape).numel() * dtype.itemsize
-    if bound is None or torch.device(device).type != "cpu" or size < _SMALLEST:
+    if bound is None or torch.device(device).type != "cpu" or size < SMALLEST:
         return torch.zeros(*shape, dtype=dtype, device=device)
     return bound.scratch.empty(shape, dtype)
 

@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) *(.*)$")
-
-
 _PRESENT, _SWAPPED, _OF_FILE = (1 << bit for bit in (63, 62, 61))  # Of the words of /proc/self/pagemap.
-_SMALLEST = 1 << 16  # Bytes; the memory of smaller tensors is left as it is.
-
-
 _OFTEN = 1 << 24  # Bytes that are freed between two calls of the allocator.
+
+SMALLEST = 1 << 16
+"""Bytes; the memory of smaller tensors is left as it is."""
 
 
 class _Freed:
@@ -97,11 +95,9 @@ class FileWeights:
         """Give the memory of the files back to the system. Mappings that were written to are left as they are."""
         if not self._held:
             return
-        libc = ctypes.CDLL(None, use_errno=True)
         for mapping in mappings():
             if mapping.start in self._held and mapping.file and not mapping.changed:
-                size = mapping.stop - mapping.start
-                libc.madvise(ctypes.c_void_p(mapping.start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+                _advise(_pages(mapping.start, mapping.stop - mapping.start))
 
     def clear(self) -> None:
         """Let go of all weights."""
@@ -124,31 +120,39 @@ def give_back(tensor: Tensor) -> bool:
     Returns:
         Whether the memory was given back.
     """
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    if not plain or isinstance(tensor, FakeTensor) or tensor.device.type != "cpu" or tensor.nbytes < _SMALLEST:
+    if not is_large(tensor) or isinstance(tensor, FakeTensor) or sys.platform != "linux" or not tensor.is_contiguous():
         return False
-    if sys.platform != "linux" or not tensor.is_contiguous():
-        return False
-    page = mmap.PAGESIZE
-    first, behind = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
+    pages = _pages(tensor.data_ptr(), tensor.nbytes)
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
-            file.seek(8 * first)
-            words = np.frombuffer(file.read(8 * (behind - first)), dtype=np.uint64)
+            file.seek(8 * pages.start)
+            words = np.frombuffer(file.read(8 * len(pages)), dtype=np.uint64)
     except OSError:  # Some containers hide it.
         return False
     # A page that was written to is no longer one of the file. Pages that are absent and not swapped hold nothing else.
     lost = (words & _SWAPPED != 0) | ((words & _PRESENT != 0) & (words & _OF_FILE == 0))
-    if len(words) != behind - first or bool(lost.any()):
+    if len(words) != len(pages) or bool(lost.any()):
         return False
-    return _advise(first, behind)
+    return _advise(pages)
 
 
-def _advise(first: int, behind: int) -> bool:
-    """Let the system take back pages, by number; returns whether it did."""
-    place, size = first * mmap.PAGESIZE, (behind - first) * mmap.PAGESIZE
-    if size <= 0:
+def is_large(tensor: Tensor) -> bool:
+    """Whether a tensor is one of the CPU, of no subclass, that is large enough to manage its memory."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.device.type == "cpu" and tensor.nbytes >= SMALLEST
+
+
+def _pages(address: int, nbytes: int) -> range:
+    """The numbers of the pages that lie wholly within a part of the memory."""
+    page = mmap.PAGESIZE
+    return range(-(-address // page), (address + nbytes) // page)
+
+
+def _advise(pages: range) -> bool:
+    """Let the system take back pages; returns whether it did."""
+    if not pages:
         return False
+    place, size = (number * mmap.PAGESIZE for number in (pages.start, len(pages)))
     return not ctypes.CDLL(None).madvise(ctypes.c_void_p(place), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
@@ -162,9 +166,7 @@ def drop_values(values: npt.NDArray[Any]) -> None:
     """
     assert values.flags.c_contiguous
     if sys.platform == "linux":  # Elsewhere the memory is freed with the array.
-        address, page = values.ctypes.data, mmap.PAGESIZE
-        first, behind = -(-address // page), (address + values.nbytes) // page
-        _advise(first, behind)
+        _advise(_pages(values.ctypes.data, values.nbytes))
 
 
 def give_back_freed(nbytes: int) -> None:
@@ -179,6 +181,14 @@ def give_back_freed(nbytes: int) -> None:
     _Freed.nbytes += nbytes
     if _Freed.nbytes >= _OFTEN:
         _Freed.nbytes = 0
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-        if trim is not None:  # Other C libraries have no such function.
-            trim(0)
+        trim()
+
+
+def trim() -> None:
+    """Let the system take back all memory that was freed.
+
+    The GNU C library keeps it; while weights are lowered, that is as much as the size of all weights.
+    """
+    found = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if found is not None:  # Other C libraries have no such function.
+        found(0)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-
 import torch
 from torch import fx
 
@@ -62,13 +59,3 @@ def traced_on(module: fx.GraphModule) -> torch.device:
     """The device for which a graph was traced. Ops of attention order their results as the kernels of a device do."""
     values = (node.meta.get("val") for node in module.graph.nodes)
     return next((value.device for value in values if isinstance(value, torch.Tensor)), torch.device("cpu"))
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system.
-
-    glibc keeps freed memory; while weights are lowered, that is as much as the size of all weights.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -31,11 +31,12 @@ from fxquant.disk.folders import whole_folder
 from fxquant.errors import BackendError, CalibrationError, CaptureError, CheckpointError, QualityWarning
 from fxquant.ir.digest import graph_digest
 from fxquant.ir.tensors import read_tensors, weights_and_buffers
+from fxquant.memory.mappings import trim
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.attribution import ATTRIBUTION_FILE
 from fxquant.planning.plan import PLAN_FILE, VECTORS_FILE, Plan
 from fxquant.runtime.converting import converted
-from fxquant.runtime.devices import give_back_memory, traced_on
+from fxquant.runtime.devices import traced_on
 from fxquant.runtime.model import GraphModel, quantized_model
 from fxquant.runtime.parts import is_savable, quantized_parts
 from fxquant.runtime.replay import bind_all, lower_all, model_from_plan
@@ -327,7 +328,7 @@ def load(
     if data.get("adapters") is not None:
         check_digests(folder, [ADAPTERS_FILE], data["files"], PLAN_FILE)
         read_adapters(quantized, folder, data["adapters"])
-    give_back_memory()
+    trim()
     return quantized
 
 

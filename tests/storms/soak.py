@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import gc
 import json
 import random
@@ -34,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import fxquant
 from fxquant.capture.graph import CapturedGraph
 from fxquant.errors import BackendError
+from fxquant.memory.mappings import trim
 from fxquant.runtime.model import GraphModel
 from fxquant.testing import tiny_dit, tiny_flux
 from fxquant.testing.models import calibration, example_call
@@ -272,7 +272,7 @@ class Soak:
         )
         for _ in range(4):  # What one collection frees may hold other cycles.
             gc.collect()
-        _trim()
+        trim()
         self.result.memory.append(_resident())
         # Torch keeps the shapes of the last traces, as fake tensors, in caches of functions.
         objects = [one for one in gc.get_objects() if not isinstance(one, FakeTensor)]
@@ -304,12 +304,6 @@ def _resident() -> float:
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.is_file() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
-
-
-def _trim() -> None:
-    """Let the C library give freed memory back, where it can."""
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
 
 
 def main() -> int:

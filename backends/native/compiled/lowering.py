@@ -19,8 +19,8 @@ from fxquant.ir.arguments import Arguments, args, source_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
 from fxquant.ir.tops import separate_tops
+from fxquant.memory.mappings import trim
 from fxquant.numerics.formats import bits_of, is_integer
-from fxquant.runtime.devices import give_back_memory
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
 
@@ -85,7 +85,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
     lowered = 0
     for node in list(module.graph.nodes):
         if lowered > _KEPT:
-            give_back_memory()
+            trim()
             lowered = 0
         lowered += _bytes_of_weight(node)
         if node.target is reference.quantize.default:
