@@ -28,6 +28,7 @@ class Case:
     styles: dict[str, str]
     options: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     layers: str = "default"
+    flips: float = 0.0  # The share of outputs whose codes may be other ones.
 
     def quantized(self) -> nn.Module:
         recipe = make_recipe(self.recipe, self.layers)
@@ -72,7 +73,7 @@ _SD3 = attention("transformer_blocks.0.attn", "to_out.0", "to_add_out", added=Tr
 }  # fmt: skip
 
 CASES = {
-    "per-token": Case("flux", "dynamic-w8a8", _FLUX),
+    "per-token": Case("flux", "dynamic-w8a8", _FLUX, flips=0.01),
     "groups": Case("sd3", "rtn-w4a8-g8", _SD3),
     "branches": Case("dit", "svdquant-w4a4", _DIT, {"split-low-rank": {"rank": 2}}),
 }
@@ -86,14 +87,15 @@ MORE = {
 }
 
 
-def assert_alike(name: str, output: Tensor, wanted: Tensor) -> None:
-    """Sums of several ranks are rounded in another order. So a code near the middle of two values may be its neighbour.
+def assert_alike(name: str, output: Tensor, wanted: Tensor, flips: float = 0.0) -> None:
+    """Outputs are equal but for rounding, and but for a share of them whose codes may be other ones.
 
-    Then the outputs of a token differ by the part of a step of the grid. At most 1 % of all outputs may.
+    Sums of several ranks are rounded in another order. With ranges found at run time these sums are also the ranges, so
+    a code near the middle of two values may become its neighbour, and outputs of its token differ by a part of a step.
     """
     difference = (output - wanted).abs()
     differs = difference > 1e-5 * (1 + wanted.abs())
-    assert float(differs.float().mean()) < 0.01, (name, float(difference.max()))
+    assert float(differs.float().mean()) <= flips, (name, float(difference.max()))
     assert float(difference.max()) < 1e-3 * float(wanted.abs().max()), (name, float(difference.max()))
 
 
@@ -116,7 +118,7 @@ def check(cases: Mapping[str, Case], folder: Path) -> None:
             for output, call in zip(result["outputs"], case.calls(), strict=True):
                 with torch.no_grad():
                     wanted = models[name](**call).sample
-                assert_alike(name, output, wanted)
+                assert_alike(name, output, wanted, case.flips)
             assert result["graphs"] == len(models[name].graphs)
             whole, part = result["bytes"]
             assert part == whole / 2  # Of codes; every linear of these models is divided.
