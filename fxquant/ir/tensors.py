@@ -157,11 +157,9 @@ def forget_inferred(graph: fx.Graph) -> None:
     The cache of a trace takes more memory than the graph, and torch's caches of functions keep the last traces alive,
     also those of models that are gone.
     """
-    for node in graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
-            value.fake_mode.shape_env.fake_tensor_cache.clear()
-            return
+    env = fake_mode_of(graph).shape_env
+    if env is not None:
+        env.fake_tensor_cache.clear()
 
 
 def fake_in(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:

@@ -183,7 +183,7 @@ inline float largest(const float* scores, int64_t keys) {
 // Calls `use` with 2**(score - largest), 16 powers at a time. Powers beyond `keys` are 0; if all keys are masked, all
 // powers are 0. Returns one over the sum of the powers, or 0 if all keys are masked.
 template <class Use>
-inline __attribute__((always_inline)) float soften(const float* scores, int64_t keys, float largest, const Use& use) {
+FXQUANT_INLINE float soften(const float* scores, int64_t keys, float largest, const Use& use) {
   if (largest == -std::numeric_limits<float>::infinity()) {
     for (int64_t k = 0; k < keys; k += kLanes) use(k, simd::setzero_ps());
     return 0.0f;

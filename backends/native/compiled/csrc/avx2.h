@@ -11,8 +11,6 @@
 #include <cstdint>
 #include <cstring>
 
-#define FXQUANT_INLINE inline __attribute__((always_inline))
-
 namespace fxquant {
 
 struct Floats {

@@ -8,8 +8,6 @@
 
 #include <cstdint>
 
-#define FXQUANT_INLINE inline __attribute__((always_inline))
-
 namespace fxquant {
 
 using Floats = __m512;

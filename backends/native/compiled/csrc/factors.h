@@ -26,7 +26,7 @@ constexpr bool kHasBf16 = false;
 inline int64_t factor_steps(int64_t depth, bool bf16) { return bf16 ? divide_up(depth, 2) : depth; }
 
 // Transposes 16 rows of 16 dwords.
-inline __attribute__((always_inline)) void transpose(Ints (&v)[16]) {
+FXQUANT_INLINE void transpose(Ints (&v)[16]) {
   Ints t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {

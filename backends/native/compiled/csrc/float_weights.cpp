@@ -45,8 +45,8 @@ struct Task {
 // Calls `use(input, v, elements, next)` for every second input of [begin, end), with the elements of the input and of
 // the next one. The bounds are multiples of 8 or, with a byte per code, of 4.
 template <bool kHalves, class Element, class Use>
-inline __attribute__((always_inline)) void each_pair(const Element& element, const int8_t* panel, int64_t begin,
-                                                     int64_t end, const Use& use) {
+FXQUANT_INLINE void each_pair(const Element& element, const int8_t* panel, int64_t begin,
+                              int64_t end, const Use& use) {
   constexpr int kCodes = kHalves ? 8 : 4;
   for (int64_t input = begin; input < end; input += kCodes) {
 #pragma GCC unroll 2

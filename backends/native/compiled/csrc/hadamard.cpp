@@ -19,7 +19,7 @@ namespace {
 
 // The sums and differences of lanes that are `kStep` apart: a, b become a + b, a - b.
 template <int kStep>
-inline __attribute__((always_inline)) Floats within(Floats x) {
+FXQUANT_INLINE Floats within(Floats x) {
   Floats other;
   Lanes negative;
   if constexpr (kStep == 1) {
@@ -39,7 +39,7 @@ inline __attribute__((always_inline)) Floats within(Floats x) {
 }
 
 // Steps of up to `block` within one vector.
-inline __attribute__((always_inline)) Floats transform_vector(Floats x, int64_t block) {
+FXQUANT_INLINE Floats transform_vector(Floats x, int64_t block) {
   if (block > 1) x = within<1>(x);
   if (block > 2) x = within<2>(x);
   if (block > 4) x = within<4>(x);

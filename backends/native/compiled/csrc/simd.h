@@ -3,6 +3,8 @@
 
 #pragma once
 
+#define FXQUANT_INLINE inline __attribute__((always_inline))
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #define FXQUANT_AVX512
 #include "avx512.h"
@@ -53,7 +55,7 @@ inline void store(c10::Half* to, Lanes lanes, Floats value) {
 // 2**x, by a minimax polynomial of 2**rest on [-1/2, 1/2]. Degree 5 is as accurate as float32. Degree 4 has an error
 // of 3e-6, far below the resolution of bfloat16 and codes. About 0 below -126. The order of operands keeps NaN as NaN.
 template <int kDegree = 5>
-inline __attribute__((always_inline)) Floats exp2(Floats x) {
+FXQUANT_INLINE Floats exp2(Floats x) {
   static_assert(kDegree == 4 || kDegree == 5);
   x = simd::max_ps(simd::set1_ps(-126.0f), x);
   const Floats whole = simd::round_ps(x);
@@ -70,16 +72,16 @@ inline __attribute__((always_inline)) Floats exp2(Floats x) {
 constexpr float kLog2E = 1.44269504088896341f;
 
 // x / (1 + 2**power). If 2**power overflows to infinity, the quotient is 0, as it should be.
-inline __attribute__((always_inline)) Floats gated(Floats x, Floats power) {
+FXQUANT_INLINE Floats gated(Floats x, Floats power) {
   return simd::div_ps(x, simd::add_ps(simd::set1_ps(1.0f), exp2<4>(power)));
 }
 
-inline __attribute__((always_inline)) Floats silu(Floats x) {
+FXQUANT_INLINE Floats silu(Floats x) {
   return gated(x, simd::mul_ps(x, simd::set1_ps(-kLog2E)));
 }
 
 // GELU by the tanh formula: x times the logistic function of 2 sqrt(2 / pi) (x + 0.044715 x**3).
-inline __attribute__((always_inline)) Floats gelu_tanh(Floats x) {
+FXQUANT_INLINE Floats gelu_tanh(Floats x) {
   constexpr float linear = -kLog2E * 1.5957691216057308f, cubic = linear * 0.044715f;
   const Floats inner = simd::fmadd_ps(simd::mul_ps(x, x), simd::set1_ps(cubic), simd::set1_ps(linear));
   // The square of a value beyond 1e19 is infinite. The power is limited, so that the quotient is not NaN.
@@ -88,7 +90,7 @@ inline __attribute__((always_inline)) Floats gelu_tanh(Floats x) {
 
 // Codes 0..qmax of `value`, ties rounded to even, as 16 bytes. `inverse` is one over the scale. The product with it
 // rounds once more than the quotient, so a code may differ only within 1e-7 of the middle between two codes.
-inline __attribute__((always_inline)) __m128i quantize(Floats value, Floats inverse, Ints zero_point, Ints qmax) {
+FXQUANT_INLINE __m128i quantize(Floats value, Floats inverse, Ints zero_point, Ints qmax) {
   // Limits the value so that it fits an integer when rounded. A limit far below 2**24 would be enough.
   const Floats steps = simd::min_ps(simd::set1_ps(16777216.0f), simd::mul_ps(value, inverse));
   const Ints code = simd::add_epi32(simd::cvtps_epi32(steps), zero_point);

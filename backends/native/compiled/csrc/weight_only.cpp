@@ -22,8 +22,8 @@ constexpr int kTile = kWide ? 6 : 3;  // Rows per tile.
 
 // Sums over quads [begin, end) of R rows times one panel, float32 [R][2].
 template <int R, bool kHalves>
-inline __attribute__((always_inline)) void accumulate(const float* x, int64_t stride, const int8_t* panel,
-                                                      int64_t begin, int64_t end, Floats (&acc)[R][2]) {
+FXQUANT_INLINE void accumulate(const float* x, int64_t stride, const int8_t* panel,
+                               int64_t begin, int64_t end, Floats (&acc)[R][2]) {
   const auto add = [&](int64_t quad, int v, Ints bytes) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
