@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from fxquant.distributed import first_failure
 from fxquant.distributed.launch import Place, launcher_holds_store
 from fxquant.errors import ConfigurationError, RankError
 
-_FAILED = "failed"  # Key of the first failure.
 _LONGEST = 1800.0  # Seconds for which a process waits for others that do not come.
 _PATIENCE = 30.0  # Seconds for which a process that failed tries to tell the others, or waits until they know.
 _PAUSE = 0.05  # Seconds between two looks at the store.
@@ -96,16 +95,13 @@ class Meeting:
 
     def failure(self) -> RankError | None:
         """What another process reported before it came here."""
-        if not self.store.check([_FAILED]):
-            return None
-        rank, text = json.loads(self.store.get(_FAILED))
-        return None if rank == self._place.rank else RankError(text, rank)
+        found = first_failure.told(self.store)
+        return None if found is None or found.rank == self._place.rank else found
 
     def report(self, error: BaseException) -> bool:
         """Tell the other processes of an error; returns whether this is the first one to tell."""
-        if not isinstance(error, RankError):
-            text = f"rank {self._place.rank} failed: {type(error).__name__}: {error}"
-            self.store.compare_set(_FAILED, "", json.dumps([self._place.rank, text]))
+        if not isinstance(error, RankError):  # One was told, or tells that a rank cannot be reached.
+            first_failure.tell(self.store, self._place.rank, error)
         return int(self.store.add("claim", 1)) == 1
 
     def leave(self) -> None:

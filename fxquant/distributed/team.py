@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fxquant.distributed.first_failure import tell, told
 from fxquant.distributed.launch import launcher_holds_store
 from fxquant.errors import ConfigurationError, RankError
 
 T = TypeVar("T")
 
-_FAILED = "failed"  # Key of the first failure.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1  # Seconds between two looks at the store.
 _SHORT_PAUSE, _SHORTEST_PAUSE = 0.002, 0.0001  # The same if ranks meet often, and if all are there.
 _LOOK = 1.0  # Seconds between two looks whether the processes of other ranks still exist.
@@ -100,22 +100,17 @@ class Team:
 
     def report(self, error: BaseException) -> None:
         """Tell the other ranks of an error; they raise a :class:`RankError` when they next wait for others."""
-        rank, text = self.rank, f"rank {self.rank} failed: {type(error).__name__}: {error}"
-        if isinstance(error, RankError):
-            if error.rank is None:
-                return
-            rank, text = error.rank, str(error)
         try:
-            self._store.compare_set(_FAILED, "", json.dumps([rank, text]))
+            tell(self._store, self.rank, error)
         except RuntimeError as lost:  # The process with the store is gone, so nobody is left to be told.
             error.add_note(f"The other ranks could not be told: {lost}")
 
     def failure(self) -> RankError | None:
         """What another rank reported, to this team or to one in whose context it was made; None if none did."""
         for team in (self, *self._outer):
-            if team._store.check([_FAILED]):
-                rank, text = json.loads(team._store.get(_FAILED))
-                return None if rank == self.rank else RankError(text, rank)
+            found = told(team._store)
+            if found is not None:
+                return None if found.rank == self.rank else found
         return None
 
     def leave(self) -> None:

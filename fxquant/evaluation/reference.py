@@ -180,7 +180,7 @@ def _computed(path: Path, batches: Iterable[Tensor], extractor: Extractor) -> Re
 
 
 def _names(path: Path) -> set[str]:
-    try:
+    with _reading(path, "give the reference batch of openai/guided-diffusion, or a folder of images"):
         if not path.exists():
             raise ValueError("there is no such file")
         if path.suffix.lower() in SUFFIXES:
@@ -190,22 +190,17 @@ def _names(path: Path) -> set[str]:
             raise ValueError("it holds one array, as npy files do; write it with numpy.savez")
         with file:
             return set(file.files)
-    except Exception as error:  # A damaged zip file raises nearly anything.
-        raise CheckpointError(
-            f"{path} cannot be read as an npz: {error}; give the reference batch of openai/guided-diffusion, or a "
-            "folder of images"
-        ) from error
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Say which npz cannot be read."""
+def _reading(path: Path, then: str = "copy it again") -> Iterator[None]:
+    """Say which npz cannot be read, and what to do then."""
     try:
         yield
     except FxquantError:
         raise
     except Exception as error:  # A damaged zip file raises nearly anything.
-        raise CheckpointError(f"{path} cannot be read as an npz: {error}; copy it again") from error
+        raise CheckpointError(f"{path} cannot be read as an npz: {error}; {then}") from error
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -151,6 +151,14 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
     raise PassError("the graph has no shapes; capture it with fxquant or run shape propagation first")
 
 
+def size_for(size: int | torch.SymInt, batch: int) -> int:
+    """A recorded size for a batch of so many samples."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
+
+
 def forget_inferred(graph: fx.Graph) -> None:
     """Empty torch's cache of the shapes that ops gave in a graph, when nothing will be inferred for it soon.
 

@@ -11,7 +11,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from fxquant.errors import ConfigurationError
 from fxquant.numerics.packing import pack, unpack
-from fxquant.parallel.divisions import Division, part_of
+from fxquant.parallel.divisions import Division
+from fxquant.parallel.exchange import share_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Cut:
         """
         size, axis = mesh.size(), self.division.axis
         codes = unpack(tensor, self.bits, self.division.whole) if self.bits else tensor
-        parts = [part_of(codes, self.division, rank, size) for rank in range(size)]
+        parts = [share_of(codes, axis, self.division.runs, rank, size) for rank in range(size)]
         if self.bits:
             parts = [pack(part, self.bits) for part in parts]
         shards = distribute_tensor(torch.cat(parts, axis), mesh, [Shard(axis)], src_data_rank=None)

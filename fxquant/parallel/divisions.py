@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,6 @@ class Refine(Exception):
     def __init__(self, runs: tuple[int, ...]) -> None:
         super().__init__(str(runs))
         self.runs = runs
-
-
-def part_of(value: Tensor, division: Division, rank: int, size: int) -> Tensor:
-    """The part of one of ``size`` ranks, contiguous and with memory of its own."""
-    pieces = value.split(list(division.runs), division.axis)
-    shares = [piece.chunk(size, division.axis)[rank] for piece in pieces]
-    return torch.cat(shares, division.axis).contiguous().clone()
 
 
 def shape_of(node: fx.Node) -> Sequence[Any]:

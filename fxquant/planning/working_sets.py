@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
-from typing import Any
 
-from torch import SymInt, Tensor, fx
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxquant.ir.tensors import size_for
 from fxquant.memory.bound import current
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
@@ -93,18 +94,7 @@ def _viewed(node: fx.Node) -> Iterator[fx.Node]:
 
 def _bytes(node: fx.Node, batch: int) -> int:
     values = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
-    return sum(_elements(value, batch) * value.dtype.itemsize for value in values)
-
-
-def _elements(value: Tensor, batch: int) -> int:
-    found = 1
-    for size in value.shape:
-        length: Any = size
-        if isinstance(length, SymInt):
-            expression = length.node.expr
-            length = expression.subs(dict.fromkeys(expression.free_symbols, batch))
-        found *= int(length)
-    return found
+    return sum(math.prod(size_for(size, batch) for size in value.shape) * value.dtype.itemsize for value in values)
 
 
 def require_largest(plan: Plan, moments: Collection[str], graph: fx.Graph, batch: int) -> None:

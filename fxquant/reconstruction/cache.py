@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx
 
+from fxquant.ir.tensors import size_for
+
 Values = dict[fx.Node, Any]
 """Values of a graph by node: tensors, sizes, or tuples of tensors."""
 
@@ -118,10 +120,7 @@ def _equal(left: Any, right: Any) -> bool:
 def _at(node: fx.Node, value: Any, samples: int) -> Any:
     """A value that does not hold samples; a size that counts the samples is computed for this number of them."""
     recorded = node.meta.get("val")
-    if isinstance(recorded, SymInt):
-        expression = recorded.node.expr
-        return int(expression.subs(dict.fromkeys(expression.free_symbols, samples)))
-    return value
+    return size_for(recorded, samples) if isinstance(recorded, SymInt) else value
 
 
 def drop_unused(values: Values, needed: Mapping[fx.Node, int], number: int) -> None:
