@@ -24,10 +24,11 @@ os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 from diffusers import DiTPipeline, DiTTransformer2DModel
 
+from tests.processors import torchao_on_any_processor
 from tests.sharing import shared_memos, shared_traces
 from tests.tiny import make_dit, make_pipeline
 
-__all__ = ["default_dtype", "shared_memos", "shared_traces", "tiny_dit", "tiny_pipeline"]
+__all__ = ["default_dtype", "shared_memos", "shared_traces", "tiny_dit", "tiny_pipeline", "torchao_on_any_processor"]
 
 
 def pytest_collection_finish() -> None:

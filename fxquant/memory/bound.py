@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.errors import ConfigurationError, MemoryLimitError
-from fxquant.memory.mappings import SMALLEST, FileWeights, is_large, trim
+from fxquant.memory.mappings import FileWeights, is_large, trim, worth_managing
 from fxquant.memory.scratch import Scratch
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Bound:
         The values stay the same. Weights that share memory still do.
         """
         tensors = [*model.parameters(), *model.buffers()]
-        large = [t for t in tensors if t.device.type == "cpu" and t.nbytes >= SMALLEST and not _is_fake(t)]
+        large = [t for t in tensors if t.device.type == "cpu" and worth_managing(t.nbytes) and not _is_fake(t)]
         moved: dict[int, Tensor] = {}
         for tensor in self._weights.take([tensor for tensor in large if not self.scratch.holds(tensor)]):
             storage = tensor.untyped_storage()
@@ -178,7 +178,7 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     """A tensor of zeros, in a file while memory is bounded and if it is large."""
     bound = current()
     size = torch.Size(shape).numel() * dtype.itemsize
-    if bound is None or torch.device(device).type != "cpu" or size < SMALLEST:
+    if bound is None or torch.device(device).type != "cpu" or not worth_managing(size):
         return torch.zeros(*shape, dtype=dtype, device=device)
     return bound.scratch.empty(shape, dtype)
 

@@ -25,7 +25,7 @@ _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) *(.*)$")
 _PRESENT, _SWAPPED, _OF_FILE = (1 << bit for bit in (63, 62, 61))  # Of the words of /proc/self/pagemap.
 _OFTEN = 1 << 24  # Bytes that are freed between two calls of the allocator.
 
-SMALLEST = 1 << 16
+_SMALLEST = 1 << 16
 """Bytes; the memory of smaller tensors is left as it is."""
 
 
@@ -139,7 +139,12 @@ def give_back(tensor: Tensor) -> bool:
 def is_large(tensor: Tensor) -> bool:
     """Whether a tensor is one of the CPU, of no subclass, that is large enough to manage its memory."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return plain and tensor.device.type == "cpu" and tensor.nbytes >= SMALLEST
+    return plain and tensor.device.type == "cpu" and worth_managing(tensor.nbytes)
+
+
+def worth_managing(nbytes: int) -> bool:
+    """Whether so many bytes are enough to manage the memory of a tensor; less lies together with other things."""
+    return nbytes >= _SMALLEST
 
 
 def _pages(address: int, nbytes: int) -> range:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fxquant.cli.__main__ import app
-from fxquant.memory import bound
+from fxquant.memory import mappings
 from fxquant.memory.bound import current
 
 SHORT = ("--recipe", "rtn-w8a8", "--samples", 2, "--steps", 2, "--measure", 0)
@@ -23,7 +23,7 @@ def _run(*arguments: Any) -> Any:
 def test_the_weights_are_those_without_a_bound(
     float_folder: Path, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bound, "_SMALLEST", 64)
+    monkeypatch.setattr(mappings, "_SMALLEST", 64)
     options = (float_folder, *SHORT, "--dtype", dtype)
     done = _run("quantize", *options, "--out", tmp_path / "plain")
     assert done.exit_code == 0, done.output

@@ -18,6 +18,7 @@ from fxquant.runtime.model import GraphModel
 from tests.sampling import covering
 from tests.tiny import calibrate, make_dit, run
 
+pytestmark = pytest.mark.usefixtures("torchao_on_any_processor")
 OUT = "transformer_blocks.0.attn1.to_out.0"
 VALUE = "transformer_blocks.0.attn1.to_v"
 

@@ -14,6 +14,7 @@ from fxquant.pipeline.pipeline import Pass
 from tests.support import captured
 from tests.tiny import calibrate, inputs, make_dit
 
+pytestmark = pytest.mark.usefixtures("torchao_on_any_processor")
 QUERY = "transformer_blocks.0.attn1.to_q"
 
 

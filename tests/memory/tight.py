@@ -15,8 +15,7 @@ from fxquant.memory.bound import Bound, limit_memory
 def tight(folder: Path) -> Iterator[Bound]:
     """Within this context memory is bounded, and every look at the resident set gives memory back."""
     with (
-        mock.patch.object(bound, "SMALLEST", 64),
-        mock.patch.object(mappings, "SMALLEST", 64),
+        mock.patch.object(mappings, "_SMALLEST", 64),
         mock.patch.object(bound, "_PATIENCE", 0.02),
         limit_memory("64GB", folder) as found,
     ):

@@ -24,6 +24,7 @@ from fxquant.schemas.plan import Layer
 from fxquant.statistics.collection import Statistics
 from tests.tiny import STEPS, calibrate, inputs, make_dit, run
 
+pytestmark = pytest.mark.usefixtures("torchao_on_any_processor")
 RECIPE = (
     "remove-no-ops,assign-precision{precision=w8a8} ; bin-ranges{bins=4},%s"
     "bin-bits{bits=5 lowest=2},quantize-linears,quantize-embeddings"

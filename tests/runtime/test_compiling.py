@@ -19,6 +19,7 @@ from fxquant.runtime.model import GraphModel
 from fxquant.runtime.pieces import pieces, repeated
 from tests.tiny import calibrate, inputs, make_dit, run
 
+pytestmark = pytest.mark.usefixtures("torchao_on_any_processor")
 LAYERS = 3
 MANY_STEPS = range(50, 1000, 60)  # So many that htg makes several groups.
 

@@ -22,6 +22,7 @@ from fxquant.runtime.model import GraphModel
 from tests.runtime import second_device
 from tests.tiny import calibrate, make_dit, make_pipeline, run
 
+pytestmark = pytest.mark.usefixtures("torchao_on_any_processor")
 CPU = torch.device("cpu")
 CHECKS = [name.removeprefix("check_") for name in vars(second_device) if name.startswith("check_")]
 SLOW = {"accelerate_offload", "every_recipe", "loras", "pipelines"}

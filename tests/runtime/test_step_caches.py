@@ -38,6 +38,7 @@ from tests.test_two_experts import clip, expert, pipeline
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline
 from tests.zoo.models import ENTRIES
 
+pytestmark = pytest.mark.usefixtures("torchao_on_any_processor")
 ALWAYS = FirstBlockCacheConfig(threshold=1e9)  # Each step but the first is skipped.
 NEVER = FirstBlockCacheConfig(threshold=-1.0)
 STEPS = tuple(range(900, 200, -100))

@@ -17,6 +17,8 @@ from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, make_dit, run
 
+pytestmark = pytest.mark.usefixtures("torchao_on_any_processor")
+
 
 def by_torch(model: Any) -> Any:
     """What torch.load reads of what torch.save wrote."""

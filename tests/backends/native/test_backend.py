@@ -152,10 +152,11 @@ def test_all_layers_convolution_and_attention_too(kind: str) -> None:
     report = fxquant.report(ours)
     names = {layer.kind: layer.kernel for layer in report.layers}
     assert names["conv"] == "fxquant::conv2d (reference, float)"
+    own = found.short if (found := machine.instructions()) is not None else ""
     linear, attention = {
         "onednn": ("onednn qlinear u8 x s8", "fxquant::matmul (reference)"),
         "triton": ("native triton s8 x s8", "native triton attention s8 x s8"),
-    }.get(kind, ("native vnni u8 x s8", "native vnni attention u8 x s8"))
+    }.get(kind, (f"native {own} u8 x s8", f"native {own} attention u8 x s8"))
     assert names["linear"].startswith(linear)
     assert {row.kernel for row in report.attentions} == {attention}
 
