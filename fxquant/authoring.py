@@ -38,7 +38,8 @@ from fxquant.ir.stages import Stage, register_op, register_stage, stage_named, u
 from fxquant.numerics.formats import FORMATS, Format, Scales, register_format
 from fxquant.numerics.grids import affine_parameters, fake_quantize
 from fxquant.numerics.ranges import activation_range, weight_range
-from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
+from fxquant.numerics.rounding.feedback import ErrorFeedback
+from fxquant.numerics.rounding.gptq import gptq
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.numerics.weights import QuantizedWeight, dequantize_weight, quantize_weight
 from fxquant.pipeline.pipeline import Instrument, Pass, PassRecord, Pipeline, Tier, parse_pass, register_pass

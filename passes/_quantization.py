@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.disk.finished_work import Part, digest_of_tensor
-from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
 from fxquant.ir.arguments import args
 from fxquant.ir.histories import made_from
 from fxquant.ir.layers import layer_name, stored_weight
@@ -20,14 +18,12 @@ from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.memory.bound import kept as in_file
 from fxquant.numerics.finite import require_finite
-from fxquant.numerics.formats import is_integer
-from fxquant.numerics.rounding.adaround import adaround
-from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
 from fxquant.numerics.weights import QuantizedWeight, encode_weight
+from fxquant.passes._rounders import RangeSearch, Rounder, moments_key
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.kept_weights import check_weight, kept, part_of_weights, weights_of_part
-from fxquant.planning.layer_inputs import layer_input, moments
+from fxquant.planning.layer_inputs import layer_input
 from fxquant.planning.plan import Plan
 from fxquant.planning.roundings import digest_of_values, with_precision
 from fxquant.planning.uses import unnumbered
@@ -49,147 +45,6 @@ class Coded(NamedTuple):
     zero_point: fx.Node | None
     format: str
     global_scale: fx.Node | None = None
-
-
-class RangeSearch(enum.Enum):
-    """How the range of a scale is found; see :mod:`fxquant.numerics.ranges`."""
-
-    MINMAX = "minmax"
-    PERCENTILE = "percentile"
-    MSE = "mse"
-
-
-class Rounding(enum.Enum):
-    """How a weight is rounded to one of its two neighbouring codes."""
-
-    NEAREST = "nearest"
-    GPTQ = "gptq"
-    ADAROUND = "adaround"
-
-
-class Rounder(Protocol):
-    """A rounding method that uses more than the values of the weight itself.
-
-    Its text, the representation of the dataclass, holds all of its options.
-    """
-
-    def inputs(self, name: str, context: PassContext) -> Tensor:
-        """All that it reads of the inputs of a layer: second moments, float64 ``[in, in]``.
-
-        Raises:
-            CalibrationError: If there are none.
-        """
-
-    def quantize(
-        self, name: str, layer: LayerPlan, values: Tensor, context: PassContext, method: RangeSearch, symmetric: bool
-    ) -> QuantizedWeight:
-        """Round the weight of a layer to the format of its entry in the plan, or of a copy with another format.
-
-        Raises:
-            CalibrationError: If there are no second moments of the layer's input.
-        """
-
-
-@dataclass(frozen=True)
-class GPTQ:
-    """Rounds weights by the second moments of their inputs; see :mod:`fxquant.numerics.rounding.gptq`."""
-
-    damping: float
-    activation_order: bool
-
-    def inputs(self, name: str, context: PassContext) -> Tensor:
-        """See :class:`Rounder`."""
-        return _moments(name, context, "GPTQ")
-
-    def quantize(
-        self, name: str, layer: LayerPlan, values: Tensor, context: PassContext, method: RangeSearch, symmetric: bool
-    ) -> QuantizedWeight:
-        """See :class:`Rounder`."""
-        assert layer.format_of_weight is not None
-        return gptq(
-            values,
-            self._feedback(name, context),
-            format=layer.format_of_weight.name,
-            group_size=layer.group_size,
-            group_rows=layer.group_rows,
-            symmetric=symmetric,
-            method=method.value,
-        )
-
-    def _feedback(self, name: str, context: PassContext) -> ErrorFeedback:
-        """Error feedback of the layer's input. It is large, so only that of the latest input is kept."""
-        key = _moments_key(name, context)
-        kept, feedback = context.memo.get("feedback", (None, None))
-        if kept != key:
-            context.memo.pop("feedback", None)
-            try:
-                feedback = ErrorFeedback.of(
-                    self.inputs(name, context), self.damping, self.activation_order, overwrite=True
-                )
-            except NonFiniteError as error:
-                raise NonFiniteError(f"layer {name}: {error}") from None
-            context.memo["feedback"] = key, feedback
-        assert isinstance(feedback, ErrorFeedback)
-        return feedback
-
-
-@dataclass(frozen=True)
-class AdaRound:
-    """Learns how to round weights from second moments of inputs; see :mod:`fxquant.numerics.rounding.adaround`."""
-
-    def inputs(self, name: str, context: PassContext) -> Tensor:
-        """See :class:`Rounder`."""
-        return _moments(name, context, "AdaRound")
-
-    def quantize(
-        self, name: str, layer: LayerPlan, values: Tensor, context: PassContext, method: RangeSearch, symmetric: bool
-    ) -> QuantizedWeight:
-        """See :class:`Rounder`."""
-        assert layer.format_of_weight is not None
-        refuse_learned_rounding(name, layer)
-        try:
-            return adaround(
-                values,
-                self.inputs(name, context),
-                format=layer.format_of_weight.name,
-                group_size=layer.group_size,
-                symmetric=symmetric,
-                method=method.value,
-            )
-        except NonFiniteError as error:
-            raise NonFiniteError(f"layer {name}: {error}") from None
-
-
-def refuse_learned_rounding(name: str, layer: LayerPlan) -> None:
-    """Refuse to learn the rounding of a weight that does not lie between two integers of one scale per row and group.
-
-    Raises:
-        ConfigurationError: Names the layer and says what to choose instead.
-    """
-    format = layer.format_of_weight
-    if format is not None and (not is_integer(format.name) or layer.group_rows != 1):
-        what = format.name if layer.group_rows == 1 else "scales of several output channels"
-        raise ConfigurationError(
-            f"layer {name}: learned rounding chooses between two neighbouring integers of an output channel, and its "
-            f"weight has {what}; choose rounding=gptq or rounding=nearest"
-        )
-
-
-def _moments_key(name: str, context: PassContext) -> str:
-    """Layers with the same key have the same second moments, because they read one value."""
-    # Unless each has weights of the timesteps of its own.
-    return name if name in context.timestep_weights else context.plan.layer(name).observed or name
-
-
-def _moments(name: str, context: PassContext, method: str) -> Tensor:
-    context.observed(context.plan.layer(name).observed or name, f"layer {name!r} is rounded by {method}")
-    together = moments(context, name)
-    if together is None:
-        raise CalibrationError(
-            f"layer {name!r} is rounded by {method} and there are no second moments of its input; let calibration "
-            "record them, or choose rounding=nearest"
-        )
-    return together
 
 
 def drop_used_moments(name: str, context: PassContext) -> None:
@@ -331,7 +186,7 @@ def _kept_rounding(
     """A rounded weight; one that an interrupted run has kept, if it was made from the same."""
 
     def made_from() -> dict[str, str]:
-        memo, key = context.memo.get("digest of moments"), _moments_key(name, context)
+        memo, key = context.memo.get("digest of moments"), moments_key(name, context)
         if memo is None or memo[0] != key:
             memo = context.memo["digest of moments"] = key, digest_of_tensor(rounder.inputs(name, context))
         options = f"{rounder} {method.value} symmetric={symmetric} {'/'.join(_grid_of(layer))}"

@@ -18,7 +18,7 @@ from fxquant.inspect.errors.sweep import Sweep
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, is_replayed
 from fxquant.ir.tensors import copy_graph
-from fxquant.passes._quantization import Rounding
+from fxquant.passes._rounders import Rounding
 from fxquant.pipeline.pipeline import Pass, Pipeline, Tier, register_pass
 from fxquant.planning.context import BackendLimits, PassContext
 from fxquant.planning.decisions import LayerPlan

@@ -15,7 +15,8 @@ from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._inputs import InputRange, quantized_input
-from fxquant.passes._quantization import RangeSearch, is_quantized, quantized_weight
+from fxquant.passes._quantization import is_quantized, quantized_weight
+from fxquant.passes._rounders import RangeSearch
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan

@@ -13,7 +13,8 @@ from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.passes._quantization import RangeSearch, quantized_weight
+from fxquant.passes._quantization import quantized_weight
+from fxquant.passes._rounders import RangeSearch
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 

@@ -15,18 +15,8 @@ from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import plus_rows
 from fxquant.numerics.weights import QuantizedWeight
 from fxquant.passes._inputs import InputRange, quantized_input
-from fxquant.passes._quantization import (
-    GPTQ,
-    AdaRound,
-    RangeSearch,
-    Rounder,
-    Rounding,
-    drop_used_moments,
-    is_quantized,
-    optional,
-    quantized_weight,
-    rounded_weight,
-)
+from fxquant.passes._quantization import drop_used_moments, is_quantized, optional, quantized_weight, rounded_weight
+from fxquant.passes._rounders import GPTQ, AdaRound, RangeSearch, Rounder, Rounding
 from fxquant.passes._sharing import round_on_ranks, unrounded
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext

@@ -19,7 +19,8 @@ from fxquant.numerics.finite import require_finite
 from fxquant.numerics.rounding.soft import Hardening, SoftWeight
 from fxquant.numerics.weights import weight_scales
 from fxquant.passes._inputs import InputRange, decide_range
-from fxquant.passes._quantization import RangeSearch, importance_of, refuse_learned_rounding
+from fxquant.passes._quantization import importance_of
+from fxquant.passes._rounders import RangeSearch, refuse_learned_rounding
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan

@@ -36,7 +36,7 @@ from fxquant.errors import FolderInUseError, FxquantError, ResumeWarning, WriteE
 from fxquant.text import printable
 
 _KEY = "fxquant-finished-work"
-_FORMAT = "1"  # Another one whenever parts hold something else or something else is computed from the same.
+_FORMAT = "2"  # Another one whenever parts hold something else or something else is computed from the same.
 _SUFFIX = ".safetensors"
 _LONGEST = 150  # Bytes of the name of a part in the name of its file.
 _TRIES = 10

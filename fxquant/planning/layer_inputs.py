@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fxquant.planning.context import PassContext
-from fxquant.planning.input_transforms import Rows, checked, in_order, transformed_moments
+from fxquant.planning.input_transforms import Rows, as_matrix, checked, in_order, transformed_moments
 from fxquant.planning.plan import Plan
 from fxquant.planning.weighted_moments import weighted_moments
+from fxquant.statistics.moments import SecondMoments
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +100,45 @@ def moments(context: PassContext, name: str) -> Tensor | None:
     return weighted_moments(found, seen.rows, seen.timesteps, weights)
 
 
-def _unweighted(context: PassContext, name: str) -> Tensor | None:
-    plan = context.plan
-    key = plan.layer(name).observed or name
+def moment_rows(context: PassContext, name: str) -> Tensor | None:
+    """Few rows R of a layer's input, float64 ``[n, C]``, for which ``R.T @ R`` are the :func:`moments`.
+
+    Returns:
+        None if calibration saw so many rows that it kept the moments alone, or if these do not follow from the rows:
+        with weights of timesteps, after transforms that are not linear, and after transforms besides shifts.
+
+    Raises:
+        PassError: A pass changed the input and did not declare how.
+    """
+    recorded = _recorded(context, name)
+    if recorded is None or name in context.timestep_weights:
+        return None
+    if name in context.transforms:
+        if f"{name}.shift" in context.plan.vectors:
+            return None
+        matrix, rows = as_matrix(list(_changes(context, name, 0)), recorded.channels), recorded.rows()
+        return None if matrix is None or rows is None else rows @ matrix.to(rows.device)
+    return recorded.rows(context.plan.vectors.get(name), _shifts(context.plan, name, recorded))
+
+
+def _recorded(context: PassContext, name: str) -> SecondMoments | None:
+    key = context.plan.layer(name).observed or name
     context.observed(key)
     context.refuse_changed(name)
-    recorded = None if context.statistics is None else context.statistics.moments_of(key)
+    return None if context.statistics is None else context.statistics.moments_of(key)
+
+
+def _shifts(plan: Plan, name: str, recorded: SecondMoments) -> dict[float, Tensor] | None:
+    """What is subtracted from the input at each timestep that was recorded; None if nothing is."""
+    shift = _shift(plan, name)
+    if shift is None:
+        return None
+    steps = torch.tensor(list(recorded.sums), dtype=torch.float64)
+    return dict(zip(steps.tolist(), shift[plan.layer(name).bins(steps)], strict=True))
+
+
+def _unweighted(context: PassContext, name: str) -> Tensor | None:
+    plan, recorded = context.plan, _recorded(context, name)
     if recorded is None:
         return None
     if name in context.transforms:
@@ -114,12 +148,7 @@ def _unweighted(context: PassContext, name: str) -> Tensor | None:
             rows = torch.cat([row.double() for row in layer_input(context, name).rows])
             found = rows.T @ rows / len(rows)
         return found
-    shift = _shift(plan, name)
-    shifts = None
-    if shift is not None:
-        steps = torch.tensor(list(recorded.sums), dtype=torch.float64)
-        shifts = dict(zip(steps.tolist(), shift[plan.layer(name).bins(steps)], strict=True))
-    return recorded.of(plan.vectors.get(name), shifts)
+    return recorded.of(plan.vectors.get(name), _shifts(plan, name, recorded))
 
 
 def _changes(context: PassContext, name: str, bin_: int) -> Iterator[Rows]:

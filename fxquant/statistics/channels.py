@@ -392,5 +392,5 @@ class ChannelStatistics:
                 priorities=tensors["priorities"][i].clone().numpy(),
                 count=int(tensors["count"][i]),
             )
-        if "moments" in tensors:
+        if "moments" in tensors or "moment_rows" in tensors:
             self.moments = SecondMoments.restore(tensors, channels)

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from fxquant.statistics.collection import Statistics
 
 _FORMAT = "fxquant-statistics"
-_VERSION = 1
+_VERSION = 2  # With rows of second moments; files without them are of version 1, which earlier releases read.
 _TENSORS = (
     *("timesteps", "count", "minimum", "maximum", "rows", "priorities"),
     *("moments", "moment_timesteps", "moment_sums", "moment_counts"),
+    *("moment_rows", "moment_calls", "moment_call_timesteps"),
 )
 
 
@@ -55,7 +56,7 @@ def write(statistics: Statistics, path: str | Path) -> None:
                       "priority": call.priority})  # fmt: skip
     run = statistics.run
     header = {
-        "version": _VERSION,
+        "version": _VERSION if any(name.endswith(".moment_rows") for name in tensors) else 1,
         "num_rows": statistics.num_rows,
         "seed": statistics.seed,
         "keys": {key: sorted(channels.seeds) for key, channels in statistics.items()},

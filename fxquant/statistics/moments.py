@@ -3,8 +3,8 @@
 A matrix of all pairs of channels is as large as a weight, and updating it costs as much as running a layer. So only
 what a recipe asks for is recorded, from at most :data:`ROWS_PER_CALL` rows of each call. The matrix is symmetric, so
 only the upper triangle is kept, in bands of rows, which take little more than half of the memory. As long as the rows
-themselves take less than half of that, they are kept in place of the matrix. Whoever asks for moments gets the matrix
-that the same additions in the same order give.
+themselves take less than half of that, they are kept in place of the matrix, also in files. Whoever asks for moments
+gets the matrix that the same additions in the same order give, and whoever can work with few rows gets these.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class SecondMoments:
         self.sums: dict[float, Tensor] = {}
         self.counts: dict[float, int] = {}
         self._rows: list[Tensor] | None = []  # By call, in the dtype of the value; None once they are summed up.
+        self._steps: list[float] = []  # The timestep of each of these calls.
         self._held = torch.empty(0, dtype=torch.float32, device=device)
         self._device = self._held.device
         self._scale: Tensor | None = None  # The square roots of the diagonal, ``[C]``, if correlations are held.
@@ -60,15 +61,21 @@ class SecondMoments:
         if self._rows is None:
             self._sum(rows)
             return
-        self._rows.append(kept(rows))
-        if sum(some.nbytes for some in self._rows) > 4 * _size(self.channels) * _SHARE:
+        self._hold([kept(rows)], [timestep])
+
+    def _hold(self, rows: Sequence[Tensor], steps: Sequence[float]) -> None:
+        """Hold the rows of further calls; if that makes them too many, or of two dtypes, hold the matrix instead."""
+        assert self._rows is not None
+        self._rows += rows
+        self._steps += steps
+        if _too_many(self._rows, self.channels) or len({(some.dtype, some.device) for some in self._rows}) > 1:
             self._sum_up()
 
     def _sum_up(self) -> None:
         """Hold the matrix in place of the rows."""
         if self._rows is None:
             return
-        rows, self._rows = self._rows, None
+        rows, self._rows, self._steps = self._rows, None, []
         # One allocation, because freeing many small ones would fragment the memory.
         self._held = zeros((_size(self.channels),), torch.float32, self._device)
         for some in rows:
@@ -101,12 +108,15 @@ class SecondMoments:
         """Add what another run saw."""
         self.check_open()
         other.check_open()
-        self._sum_up()
-        other = other._summed()
-        if other._held.dtype == torch.float64:
-            self._widen()
-        for ours, theirs in zip(self.bands, other.bands, strict=True):
-            ours.add_(theirs.to(ours.device))
+        if self._rows is None or other._rows is None:
+            self._sum_up()
+            other = other._summed()
+            if other._held.dtype == torch.float64:
+                self._widen()
+            for ours, theirs in zip(self.bands, other.bands, strict=True):
+                ours.add_(theirs.to(ours.device))
+        else:
+            self._hold([rows.to(self._device) for rows in other._rows], other._steps)
         for timestep, sums in other.sums.items():
             total = sums.to(self._held.device)
             self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total.clone()
@@ -179,9 +189,10 @@ class SecondMoments:
 
     def to(self, device: torch.device | str) -> SecondMoments:
         """Move all sums to a device; returns the object."""
-        self._sum_up()
         self._held = self._held.to(device)
         self._device = self._held.device
+        if self._rows is not None:
+            self._rows = [rows.to(device) for rows in self._rows]
         self.sums = {timestep: total.to(device) for timestep, total in self.sums.items()}
         return self
 
@@ -226,9 +237,7 @@ class SecondMoments:
         """
         matrix, count = self.matrix, sum(self.counts.values())
         if shifts is not None:
-            missing = self.sums.keys() - shifts.keys()
-            if missing:
-                raise CalibrationError(f"no shift is known for the calibrated timestep {min(missing):g}")
+            self._check_shifts(shifts)
             steps = list(self.sums)
             z = torch.stack([shifts[step].double() for step in steps]).to(matrix.device)
             sums = torch.stack([self.sums[step] for step in steps])
@@ -244,16 +253,48 @@ class SecondMoments:
             matrix /= b[:, None]
         return matrix
 
+    def rows(self, factor: Tensor | None = None, shifts: Mapping[float, Tensor] | None = None) -> Tensor | None:
+        """Few rows R ``[n, C]``, float64, for which ``R.T @ R`` are the moments that :meth:`of` returns.
+
+        Returns:
+            The rows divided by the square root of their number; None if there were so many that the matrix is held.
+
+        Raises:
+            CalibrationError: A timestep has no shift.
+        """
+        if not self._rows:
+            return None
+        if shifts is not None:
+            self._check_shifts(shifts)
+        found = torch.cat(self._rows).double()
+        if shifts is not None:
+            moved = zip(found.split([len(rows) for rows in self._rows]), self._steps, strict=True)
+            for part, step in moved:
+                part.sub_(shifts[step].to(part))
+        if factor is not None:
+            found /= factor.to(found)
+        return found.div_(len(found) ** 0.5)
+
+    def _check_shifts(self, shifts: Mapping[float, Tensor]) -> None:
+        missing = self.sums.keys() - shifts.keys()
+        if missing:
+            raise CalibrationError(f"no shift is known for the calibrated timestep {min(missing):g}")
+
     # Storage
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of everything that a file has to hold.
+        """Name and tensor of everything that a file has to hold: the rows, or the matrix.
 
         Raises:
             CalibrationError: They are sealed.
         """
         self.check_open()
-        yield "moments", self._summed()._held.cpu()
+        if self._rows:
+            yield "moment_rows", torch.cat(self._rows).cpu()
+            yield "moment_calls", torch.tensor([len(rows) for rows in self._rows], dtype=torch.int64)
+            yield "moment_call_timesteps", torch.tensor(self._steps, dtype=torch.float64)
+        else:
+            yield "moments", self._summed()._held.cpu()
         yield "moment_timesteps", torch.tensor(list(self.sums), dtype=torch.float64)
         yield "moment_sums", torch.stack([*self.sums.values()]).cpu()
         yield "moment_counts", torch.tensor([*self.counts.values()], dtype=torch.int64)
@@ -267,19 +308,49 @@ class SecondMoments:
         """
         sums, steps = tensors["moment_sums"], tensors["moment_timesteps"].tolist()
         counts = tensors["moment_counts"].tolist()
-        # Compared before anything is allocated: sums of no timestep can state any number of channels.
-        held = _size(channels)
-        if not steps or sums.shape != (len(steps), channels) or tensors["moments"].shape != (held,):
+        if not steps or sums.shape != (len(steps), channels):
             raise ValueError("second moments and their sums do not fit together")
-        if not (sums.isfinite().all() and tensors["moments"].isfinite().all() and min(counts, default=0) > 0):
+        if not (sums.isfinite().all() and min(counts, default=0) > 0):
             raise ValueError("a second moment is not finite, or was summed over nothing")
         found = cls(channels)
-        if tensors["moments"].dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"second moments are {tensors['moments'].dtype}, not float32 or float64")
-        found._rows, found._held = None, kept(tensors["moments"].clone())
+        if "moment_rows" in tensors:
+            found._restore_rows(tensors, dict(zip(steps, counts, strict=True)))
+        else:
+            found._restore_matrix(tensors["moments"])
         found.sums = dict(zip(steps, sums.clone(), strict=True))
         found.counts = dict(zip(steps, counts, strict=True))
         return found
+
+    def _restore_matrix(self, held: Tensor) -> None:
+        # Compared before anything is allocated: sums of no timestep can state any number of channels.
+        if held.shape != (_size(self.channels),):
+            raise ValueError("second moments and their sums do not fit together")
+        if held.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"second moments are {held.dtype}, not float32 or float64")
+        if not held.isfinite().all():
+            raise ValueError("a second moment is not finite, or was summed over nothing")
+        self._rows, self._held = None, kept(held.clone())
+
+    def _restore_rows(self, tensors: Mapping[str, Tensor], counts: Mapping[float, int]) -> None:
+        rows, lengths = tensors["moment_rows"], tensors["moment_calls"].tolist()
+        steps = tensors["moment_call_timesteps"].tolist()
+        if rows.dim() != 2 or not rows.is_floating_point() or not rows.isfinite().all():
+            raise ValueError(f"the rows of second moments are {list(rows.shape)} {rows.dtype}, or not finite")
+        if min(lengths, default=0) <= 0 or sum(lengths) != len(rows) or rows.shape[1] != self.channels:
+            raise ValueError("rows of second moments and their calls do not fit together")
+        seen: dict[float, int] = {}
+        for step, length in zip(steps, lengths, strict=True):
+            seen[step] = seen.get(step, 0) + length
+        if seen != counts:
+            raise ValueError("rows of second moments are of other timesteps than their sums")
+        if _too_many([rows], self.channels):
+            raise ValueError(f"{len(rows)} rows of second moments are more than are kept")
+        self._rows, self._steps = [kept(part.clone()) for part in rows.split(lengths)], steps
+
+
+def _too_many(rows: Sequence[Tensor], channels: int) -> bool:
+    """Whether rows take so much memory that the matrix is held in their place."""
+    return sum(some.nbytes for some in rows) > 4 * _size(channels) * _SHARE
 
 
 def _shapes(channels: int) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.numerics.rounding.gptq import ErrorFeedback
+from fxquant.numerics.rounding.feedback import ErrorFeedback
 from fxquant.planning.roundings import Roundings
 from fxquant.statistics.collection import Statistics
 from tests.tiny import calibrate

@@ -151,16 +151,16 @@ def quantize_recipes(rank: int, size: int, recipes: Sequence[str], calls: Calls)
 def quantize_broken(rank: int, size: int, calls: Calls) -> None:
     """One weight cannot be rounded, on the rank that rounds it."""
     from fxquant.errors import NonFiniteError
-    from fxquant.passes import _quantization
+    from fxquant.passes import _rounders
 
-    original = _quantization.GPTQ.quantize
+    original = _rounders.GPTQ.quantize
 
     def quantize(self: Any, name: str, *arguments: Any) -> Any:
         if name == "transformer_blocks.1.ff.net.2":
             raise NonFiniteError(f"layer {name}: cannot be factorized")
         return original(self, name, *arguments)
 
-    with mock.patch.object(_quantization.GPTQ, "quantize", quantize):
+    with mock.patch.object(_rounders.GPTQ, "quantize", quantize):
         compiled(make_dit(2), "ptq4dit-gptq-w4a8", calls, group=dist.group.WORLD)
 
 
@@ -182,10 +182,10 @@ def resumed(rank: int, size: int, folder: Path, recipe: str, shares: Sequence[Ca
     """Quantize without interruption, then again with a failure on one rank while it rounds, and then to the end."""
     from fxquant.calibration.calibrate import Calibration
     from fxquant.errors import NonFiniteError, RankError
-    from fxquant.passes import _quantization
+    from fxquant.passes import _rounders
     from fxquant.planning import kept_weights
 
-    compute, quantize = Calibration.compute, _quantization.GPTQ.quantize
+    compute, quantize = Calibration.compute, _rounders.GPTQ.quantize
     calls: list[int] = []
     layers: list[str] = []
     stops = [2] if rank == size - 1 else []
@@ -211,7 +211,7 @@ def resumed(rank: int, size: int, folder: Path, recipe: str, shares: Sequence[Ca
     whole = made()
     with (
         mock.patch.object(Calibration, "compute", counted),
-        mock.patch.object(_quantization.GPTQ, "quantize", rounded),
+        mock.patch.object(_rounders.GPTQ, "quantize", rounded),
         mock.patch.object(kept_weights, "WORTH_KEEPING", 0.0),
     ):
         try:

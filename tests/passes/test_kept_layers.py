@@ -12,7 +12,7 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import ResumeWarning
-from fxquant.passes import _quantization, split_low_rank
+from fxquant.passes import _rounders, split_low_rank
 from fxquant.pipeline.recipes import make_recipe
 from fxquant.planning import kept_weights
 from fxquant.runtime.model import GraphModel
@@ -44,8 +44,8 @@ def compiled(model: nn.Module, name: str, statistics: Statistics | None = None, 
 @pytest.mark.parametrize(
     ("name", "owner", "method"),
     [
-        ("rtn-gptq-w4a8", _quantization.GPTQ, "quantize"),
-        ("rtn-adaround-w4a8", _quantization.AdaRound, "quantize"),
+        ("rtn-gptq-w4a8", _rounders.GPTQ, "quantize"),
+        ("rtn-adaround-w4a8", _rounders.AdaRound, "quantize"),
         ("svdquant-w4a4", split_low_rank.SplitLowRank, "_fitted"),
     ],
 )

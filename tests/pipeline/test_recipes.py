@@ -6,7 +6,7 @@ import pytest
 
 from fxquant.errors import ConfigurationError, UnknownNameError
 from fxquant.passes._inputs import InputRange
-from fxquant.passes._quantization import RangeSearch, Rounding
+from fxquant.passes._rounders import RangeSearch, Rounding
 from fxquant.passes.split_low_rank import BranchType, SplitLowRank
 from fxquant.pipeline.recipes import DYNAMIC, ROUNDINGS, Recipe, make_recipe
 from fxquant.testing import own_recipes

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -129,11 +130,82 @@ def test_few_rows_are_held_in_place_of_the_matrix_which_is_the_same(sealed, dtyp
     shifts = {step: torch.ones(700) for step in (1.0, 3.0)}
     assert torch.equal(held.of(torch.full((700,), 3.0), shifts), summed.of(torch.full((700,), 3.0), shifts))
     assert held.nbytes <= 60 * 700 * dtype.itemsize + 2 * 8 * 700
+    few = held.rows(torch.full((700,), 3.0), shifts)
+    expected = held.of(torch.full((700,), 3.0), shifts)
+    root = expected.diagonal().sqrt()
+    error = (few.T @ few - expected).abs() / (root * root[:, None]).clamp_min(1e-300)
+    assert few.dtype == torch.float64 and few.shape == (60, 700) and error.max() < (1e-3 if sealed else 1e-5)
+    assert summed.rows() is None
     if not sealed:
+        assert held.dtype == summed.dtype and held.rows() is None  # Who asks for the dtype is about to sum them up.
         assert all(torch.equal(one, dict(summed.tensors())[name]) for name, one in held.tensors())
         both = made()
         both.merge(held)
-        assert held.dtype == summed.dtype and torch.equal(both.matrix, 2 * summed.matrix)
+        assert torch.equal(both.matrix, 2 * summed.matrix)
+
+
+def few_rows(seed=0):
+    found, generator = SecondMoments(90), torch.Generator().manual_seed(seed)
+    for step in (3.0, 1.0, 3.0):
+        found.add(torch.randn(4, 90, generator=generator), step)
+    return found
+
+
+def test_few_rows_are_merged_moved_and_stored_as_rows(tmp_path):
+    one, other = few_rows(1), few_rows(2)
+    expected = torch.cat([one.rows(), other.rows()]) / 2**0.5
+    one.merge(other)
+    torch.testing.assert_close(one.rows(), expected, rtol=1e-14, atol=0)
+    assert one.counts == {3.0: 16, 1.0: 8} and other.counts == {3.0: 8, 1.0: 4}
+    torch.testing.assert_close(one.of(), expected.T @ expected, rtol=1e-5, atol=1e-5)
+    before = one.rows()
+    assert torch.equal(one.to("cpu").rows(), before)
+    again = SecondMoments.restore({name: tensor.clone() for name, tensor in one.tensors()}, 90)
+    shifts = {3.0: torch.ones(90), 1.0: torch.zeros(90)}
+    assert torch.equal(again.rows(None, shifts), one.rows(None, shifts)) and torch.equal(again.matrix, one.matrix)
+    with pytest.raises(CalibrationError, match="timestep 1"):
+        one.rows(None, {3.0: torch.ones(90)})
+
+
+def test_rows_of_two_dtypes_are_summed_up():
+    found = few_rows()
+    found.add(torch.ones(2, 90, dtype=torch.bfloat16), 3.0)
+    assert found.rows() is None and found.counts == {3.0: 10, 1.0: 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("moment_rows", lambda rows: rows[:-1]),
+        ("moment_rows", lambda rows: rows[:, :-1]),
+        ("moment_rows", lambda rows: rows.fill_(torch.nan)),
+        ("moment_rows", lambda rows: rows.long()),
+        ("moment_rows", lambda rows: rows.repeat(40, 1)),
+        ("moment_calls", lambda lengths: lengths * 0),
+        ("moment_calls", lambda lengths: lengths[:-1]),
+        ("moment_call_timesteps", lambda steps: steps + 1),
+        ("moment_call_timesteps", lambda steps: steps[:-1]),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(name, change):
+    tensors = {key: tensor.clone() for key, tensor in few_rows().tensors()}
+    tensors[name] = change(tensors[name])
+    with pytest.raises(ValueError):
+        SecondMoments.restore(tensors, 90)
+
+
+def test_files_without_rows_are_of_the_version_that_earlier_releases_read(tmp_path):
+    versions = {}
+    for name, count in (("few", 2), ("many", 400)):
+        statistics = Statistics()
+        statistics.wants_moments = {"a"}.__contains__
+        x = torch.randn(1, count, 90, generator=torch.Generator().manual_seed(0))
+        statistics.record("a", x, torch.tensor([3.0]))
+        statistics.save(tmp_path / name)
+        assert torch.equal(Statistics.load(tmp_path / name)["a"].moments.matrix, statistics["a"].moments.matrix)
+        with safe_open(tmp_path / name, framework="pt") as file:
+            versions[name] = json.loads(next(iter(file.metadata().values())))["version"]
+    assert versions == {"few": 2, "many": 1}
 
 
 def test_more_rows_are_summed_up():

@@ -521,7 +521,7 @@ def test_views_of_nothing_are_empty():
     ("metadata", "message"),
     [
         (None, "holds no fxquant statistics"),
-        ({"fxquant-statistics": '{"version": 2}'}, "Upgrade fxquant"),
+        ({"fxquant-statistics": '{"version": 3}'}, "Upgrade fxquant"),
         ({"fxquant-statistics": "{"}, "cannot read"),
         ({"fxquant-statistics": "[]"}, "cannot read"),
         ({"fxquant-statistics": '{"version": 1, "num_rows": 0, "seed": 0, "keys": {}}'}, "cannot read"),

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fxquant.numerics.formats import Scales
 from fxquant.numerics.rounding import gptq as module
-from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
+from fxquant.numerics.rounding.feedback import ErrorFeedback
+from fxquant.numerics.rounding.gptq import gptq
 from fxquant.numerics.weights import weight_scales
 from tests.numerics.rounding.test_gptq import correlated, moments_of, output_error
 
