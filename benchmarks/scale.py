@@ -150,12 +150,16 @@ class Peaks(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.total = self.anonymous = 0
+        self.phase = "reading"
+        self.phases: dict[str, int] = {}
+        """The largest total of each phase."""
         self.ended = threading.Event()
 
     def run(self) -> None:
         while not self.ended.wait(_SECONDS):
             total, anonymous = resident()
             self.total, self.anonymous = max(self.total, total), max(self.anonymous, anonymous)
+            self.phases[self.phase] = max(self.phases.get(self.phase, 0), total)
 
 
 def resident() -> tuple[int, int]:
@@ -185,10 +189,12 @@ def convert(model: str, out: str, bound: str | None, recipe: str, calls: int, th
 
         def calibrate() -> None:
             for number in range(calls):
+                peaks.phase = "calibration"
                 _say(f"call {number + 1} of {calls}")
                 call(read, 1 - number / calls, number)
 
-        made = fxquant.compile(read, recipe=recipe, calibrate=calibrate, measure=1, instruments=[_Told()])
+        made = fxquant.compile(read, recipe=recipe, calibrate=calibrate, measure=1, instruments=[_Told(peaks)])
+        peaks.phase = "saving"
         fxquant.save(made, out, overwrite=True)
     peaks.ended.set()
     peaks.join()
@@ -200,18 +206,24 @@ def convert(model: str, out: str, bound: str | None, recipe: str, calls: int, th
         "anonymous": peaks.anonymous,
         "imports": before[0],
         "anonymous_imports": before[1],
+        "phases": peaks.phases,
         "passes": {entry["pass"].partition("{")[0]: entry["seconds"] for entry in made.plan.passes},
         "sqnr_db": list(made.plan.output_sqnr_db.values()),
     }
 
 
 class _Told:
-    """Prints the passes."""
+    """Prints the passes, which are phases of their own."""
+
+    def __init__(self, peaks: Peaks) -> None:
+        self.peaks = peaks
 
     def before(self, step: Any, module: Any) -> None:
+        self.peaks.phase = step.name
         _say(f"pass {step.name}")
 
-    def after(self, step: Any, module: Any, record: Any) -> None: ...
+    def after(self, step: Any, module: Any, record: Any) -> None:
+        self.peaks.phase = "between passes"
 
     def failed(self, step: Any, module: Any, error: Exception) -> None: ...
 
