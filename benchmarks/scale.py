@@ -264,7 +264,7 @@ def show(report: dict[str, Any], page: Path) -> None:
     cases = sorted(report["cases"], key=lambda case: (case["billions"], case["way"]))
     picture = page.parent / "pictures" / "scale.svg"
     draw(cases, picture)
-    body = f"![Peak memory against size](pictures/{picture.name})\n\n{table(cases)}"
+    body = f"![Peak memory against size](pictures/{picture.name})\n\n{table(cases)}\n\n{table_of_phases(cases)}"
     before, after = text.partition(_START)[0], text.partition(_END)[2]
     write(page, f"{before}{_START}\n\n{body}\n\n{_END}{after}")
 
@@ -281,6 +281,22 @@ def table(cases: list[dict[str, Any]]) -> str:
         peaks = f"{case['total'] / 1e9:.2f} GB | {case['anonymous'] / 1e9:.2f} GB"
         size = f"{case['billions']:g} | {case['float_bytes'] / 1e9:.2f} GB"
         lines.append(f"| {size} | {way} | {peaks} | {own:.2f} | {case['seconds'] / 60:.1f} |")
+    return "\n".join(lines)
+
+
+def table_of_phases(cases: list[dict[str, Any]]) -> str:
+    """Where each case takes how much: own peak over float weights, as Markdown."""
+    phases = list(dict.fromkeys(phase for case in cases for phase in case["phases"]))
+    ways = {"memory": "in memory", "bounded": "bounded"}
+    titles = [f"{case['billions']:g}, {ways[case['way']]}" for case in cases]
+    lines = [f"| phase | {' | '.join(titles)} |", "|---" * (len(cases) + 1) + "|"]
+    for phase in phases:
+        peaks = [case["phases"].get(phase) for case in cases]
+        own = [
+            "" if peak is None else f"{(peak - case['imports']) / case['float_bytes']:.2f}"
+            for peak, case in zip(peaks, cases, strict=True)
+        ]
+        lines.append(f"| {phase} | {' | '.join(own)} |")
     return "\n".join(lines)
 
 

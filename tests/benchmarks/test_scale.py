@@ -30,6 +30,7 @@ def test_cases_are_measured_once_and_shown(tmp_path: Path, monkeypatch: pytest.M
     page.write_text(f"before\n\n{scale._START}\n\n{scale._END}\n\nafter\n")
     scale.show(report, page)
     assert "| 0.001 |" in page.read_text() and "within 64GB" in page.read_text()
+    assert "| phase | 0.001, bounded |" in page.read_text() and "| quantize-linears | " in page.read_text()
     assert page.read_text().endswith("after\n") and (tmp_path / "pictures" / "scale.svg").stat().st_size > 1000
 
 
