@@ -67,6 +67,7 @@ class GPTQ:
 
     def inputs(self, name: str, context: PassContext) -> Tensor:
         """See :class:`Rounder`."""
+        _require_statistics(name, context, "GPTQ")
         rows = moment_rows(context, name)
         return _moments(name, context, "GPTQ") if rows is None or FEW * len(rows) > rows.shape[1] else rows
 
@@ -153,8 +154,12 @@ def moments_key(name: str, context: PassContext) -> str:
     return name if name in context.timestep_weights else context.plan.layer(name).observed or name
 
 
-def _moments(name: str, context: PassContext, method: str) -> Tensor:
+def _require_statistics(name: str, context: PassContext, method: str) -> None:
     context.observed(context.plan.layer(name).observed or name, f"layer {name!r} is rounded by {method}")
+
+
+def _moments(name: str, context: PassContext, method: str) -> Tensor:
+    _require_statistics(name, context, method)
     together = moments(context, name)
     if together is None:
         raise CalibrationError(
