@@ -28,6 +28,7 @@ OUTSIDE = (
     "benchmarks/results/step-caches.md",
     "examples/digits/README.md",
     "examples/digits/samples.png",
+    "examples/parallel/README.md",
     "examples/passes/README.md",
 )
 """Paths in the repository of the pages, and of the files that they link to."""
