@@ -277,10 +277,9 @@ def table(cases: list[dict[str, Any]]) -> str:
     ]
     for case in cases:
         way = "in memory" if case["bound"] is None else f"within {case['bound']}"
-        own = (case["total"] - case["imports"]) / case["float_bytes"]
         peaks = f"{case['total'] / 1e9:.2f} GB | {case['anonymous'] / 1e9:.2f} GB"
         size = f"{case['billions']:g} | {case['float_bytes'] / 1e9:.2f} GB"
-        lines.append(f"| {size} | {way} | {peaks} | {own:.2f} | {case['seconds'] / 60:.1f} |")
+        lines.append(f"| {size} | {way} | {peaks} | {_own(case, case['total'])} | {case['seconds'] / 60:.1f} |")
     return "\n".join(lines)
 
 
@@ -292,12 +291,14 @@ def table_of_phases(cases: list[dict[str, Any]]) -> str:
     lines = [f"| phase | {' | '.join(titles)} |", "|---" * (len(cases) + 1) + "|"]
     for phase in phases:
         peaks = [case["phases"].get(phase) for case in cases]
-        own = [
-            "" if peak is None else f"{(peak - case['imports']) / case['float_bytes']:.2f}"
-            for peak, case in zip(peaks, cases, strict=True)
-        ]
+        own = ["" if peak is None else _own(case, peak) for peak, case in zip(peaks, cases, strict=True)]
         lines.append(f"| {phase} | {' | '.join(own)} |")
     return "\n".join(lines)
+
+
+def _own(case: dict[str, Any], peak: int) -> str:
+    """A peak without what the imports take, over the float weights."""
+    return f"{(peak - case['imports']) / case['float_bytes']:.2f}"
 
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
 from fxquant.numerics.formats import is_integer
 from fxquant.numerics.rounding.adaround import adaround
-from fxquant.numerics.rounding.feedback import FEW, ErrorFeedback
+from fxquant.numerics.rounding.feedback import ErrorFeedback, is_few
 from fxquant.numerics.rounding.gptq import gptq
 from fxquant.numerics.weights import QuantizedWeight
 from fxquant.planning.context import PassContext
@@ -69,7 +69,7 @@ class GPTQ:
         """See :class:`Rounder`."""
         _require_statistics(name, context, "GPTQ")
         rows = moment_rows(context, name)
-        return _moments(name, context, "GPTQ") if rows is None or FEW * len(rows) > rows.shape[1] else rows
+        return rows if rows is not None and is_few(rows) else _moments(name, context, "GPTQ")
 
     def quantize(
         self, name: str, layer: LayerPlan, values: Tensor, context: PassContext, method: RangeSearch, symmetric: bool
@@ -101,7 +101,7 @@ class GPTQ:
         return feedback
 
     def _factorized(self, inputs: Tensor) -> ErrorFeedback:
-        if FEW * len(inputs) <= inputs.shape[1]:
+        if is_few(inputs):
             return ErrorFeedback.of_rows(inputs, self.damping, self.activation_order)
         return ErrorFeedback.of(inputs, self.damping, self.activation_order, overwrite=True)
 
@@ -112,6 +112,7 @@ class AdaRound:
 
     def inputs(self, name: str, context: PassContext) -> Tensor:
         """See :class:`Rounder`."""
+        _require_statistics(name, context, "AdaRound")
         return _moments(name, context, "AdaRound")
 
     def quantize(
@@ -159,7 +160,6 @@ def _require_statistics(name: str, context: PassContext, method: str) -> None:
 
 
 def _moments(name: str, context: PassContext, method: str) -> Tensor:
-    _require_statistics(name, context, method)
     together = moments(context, name)
     if together is None:
         raise CalibrationError(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import fxquant
+from fxquant.numerics.rounding.feedback import FEW
 from fxquant.passes import _rounders
 from fxquant.planning.context import PassContext
 from fxquant.planning.layer_inputs import moments
@@ -23,7 +24,7 @@ def test_few_rows_have_the_moments_of_the_input(recipe: str, monkeypatch: pytest
         found, expected = inputs(self, name, context), moments(context, name)
         assert expected is not None
         if found.shape != expected.shape:
-            assert _rounders.FEW * len(found) <= found.shape[1] and found.dtype == torch.float64
+            assert FEW * len(found) <= found.shape[1] and found.dtype == torch.float64
             seen[name] = float((found.T @ found - expected).abs().max() / expected.abs().max())
         return found
 

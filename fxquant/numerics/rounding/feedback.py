@@ -85,7 +85,7 @@ class FactorOfRows:
     def whole(self) -> Tensor:
         """U as a matrix, which may be large."""
         found = -(self.outer @ self.rows)
-        for (start, stop), block in zip(_blocks(len(found)), self.inner, strict=True):
+        for (start, stop), block in zip(blocks(len(found)), self.inner, strict=True):
             found[start:stop, :start] = 0
             found[start:stop, start:stop] = block
         return found
@@ -217,7 +217,13 @@ def _shares(damping: float, diagonal: npt.NDArray[np.float64]) -> Iterator[float
     return (share * 10.0**attempt for attempt in range(_DAMPINGS))
 
 
-def _blocks(channels: int) -> list[tuple[int, int]]:
+def is_few(rows: Tensor) -> bool:
+    """Whether rows ``[n, in]`` are so few that :meth:`ErrorFeedback.of_rows` takes less time than their moments."""
+    return FEW * len(rows) <= rows.shape[1]
+
+
+def blocks(channels: int) -> list[tuple[int, int]]:
+    """Start and stop of each block of columns, in the order of rounding."""
     return [(start, min(start + BLOCK, channels)) for start in range(0, channels, BLOCK)]
 
 
@@ -234,7 +240,7 @@ def _factor_of_rows(x: npt.NDArray[np.float64], unseen: npt.NDArray[np.float64],
     np.fill_diagonal(left, share)
     inner: list[Tensor] = []
     outer = np.empty((channels, count), dtype=np.float32)
-    for start, stop in reversed(_blocks(channels)):
+    for start, stop in reversed(blocks(channels)):
         own = x[:, start:stop]
         try:
             solved = cho_solve(cho_factor(left, lower=True, check_finite=False), own, check_finite=False)
@@ -269,11 +275,11 @@ def _inverse_factor(backwards: npt.NDArray[np.float64]) -> npt.NDArray[np.float3
     if failed:
         return None
     columns = lower.T  # Row j holds column j of L^-1, from the diagonal on.
-    blocks = _blocks(len(columns))
-    if not all(np.isfinite(columns[start:stop, start:].astype(np.float32)).all() for start, stop in blocks):
+    parts = blocks(len(columns))
+    if not all(np.isfinite(columns[start:stop, start:].astype(np.float32)).all() for start, stop in parts):
         return None
     factor = np.zeros(columns.shape, dtype=np.float32)
-    for start, stop in blocks:  # The factor grows by half of what the matrix loses, so both together never grow.
+    for start, stop in parts:  # The factor grows by half of what the matrix loses, so both together never grow.
         own = columns[len(columns) - stop : len(columns) - start]
         factor[:stop, start:stop] = own[::-1, ::-1][:, :stop].T
         factor[start:stop, start:stop] = np.triu(factor[start:stop, start:stop])

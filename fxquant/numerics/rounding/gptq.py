@@ -14,7 +14,7 @@ from torch import Tensor
 from fxquant.errors import ConfigurationError
 from fxquant.numerics.formats import FORMATS, Scales
 from fxquant.numerics.ranges import RangeMethod
-from fxquant.numerics.rounding.feedback import BLOCK, ErrorFeedback
+from fxquant.numerics.rounding.feedback import ErrorFeedback, blocks
 from fxquant.numerics.weights import QuantizedWeight, group_count, weight_scales
 
 
@@ -70,8 +70,7 @@ def gptq(
     left = weight.detach().to(torch.float32).T[order].contiguous()
     grids = _by_group(scales, weight.shape[0])
     propagation = feedback.factor.propagation(left)
-    for start in range(0, in_features, BLOCK):
-        stop = min(start + BLOCK, in_features)
+    for start, stop in blocks(in_features):
         block, inner = left[start:stop], propagation.enter(start, stop)
         errors = torch.empty_like(block)
         for i in range(stop - start):
