@@ -112,7 +112,7 @@ class KeptStatistics:
         """Refuse what is not an index.
 
         Raises:
-            ValueError: An entry is missing, or has another type.
+            ValueError: An entry is missing, has another type, or is there twice.
         """
         keys = [key for key, channels, seeds in index["keys"] if _are(int, channels, *seeds) and channels >= 0]
         known = set(keys)
@@ -122,6 +122,9 @@ class KeptStatistics:
         good = counts == (len(keys), len(rows), len(moments)) and known.issuperset(moments)
         if not (good and _are(int, index["number"]) and all(type(moment) in (int, float) for moment in rows)):
             raise ValueError("it is not an index of statistics")
+        names = KeptStatistics.files(index)
+        if not all(len(set(listed)) == len(listed) for listed in (keys, rows, moments, names)):
+            raise ValueError("it is an index that lists something twice")
 
     @staticmethod
     def files(index: Index) -> list[str]:
@@ -170,10 +173,14 @@ def _entries_of_part(part: Part, known: Mapping[str, ChannelStatistics]) -> Sequ
     """The entries of a part, by key.
 
     Raises:
-        ValueError: A tensor has another shape or dtype than the statistics of its key.
+        ValueError: A tensor has another shape or dtype than the statistics of its key, or something is listed twice.
         KeyError: A key is unknown, or a tensor is missing.
     """
     found = []
+    # First, so that no long list costs time.
+    for listed in ([channels for channels, _ in part.data], [key for _, keys in part.data for key, _ in keys]):
+        if len(set(listed)) != len(listed):
+            raise ValueError("it lists the same statistics twice")
     for channels, keys in part.data:
         held = [part.tensors[f"{channels}.{name}"] for name in _PARTS]
         for number, (key, count) in enumerate(keys):

@@ -119,3 +119,30 @@ def test_files_of_another_moment_are_not_put_together(kind: str, work: FinishedW
     with pytest.warns(ResumeWarning, match="holds other calls than the files next to it"):
         assert not KeptStatistics(work).load(newer, untouched, FROM)
     assert not list(untouched)
+
+
+@pytest.mark.parametrize("kind", ["keys", "rows", "moments"])
+def test_an_index_that_lists_something_twice_is_refused(kind: str, work: FinishedWork) -> None:
+    """A long list of one file would be read as often as it is listed."""
+    statistics = new()
+    record(statistics, 0)
+    index = KeptStatistics(work).save(statistics, FROM)
+    KeptStatistics.check(index)
+    index[kind].append(index[kind][0])
+    with pytest.raises(ValueError, match="twice"):
+        KeptStatistics.check(index)
+
+
+@pytest.mark.parametrize("what", ["a width", "a key"])
+def test_a_part_that_lists_statistics_twice_is_damaged(what: str, work: FinishedWork) -> None:
+    statistics = new()
+    record(statistics, 0)
+    index = KeptStatistics(work).save(statistics, FROM)
+    name = index["rows"][0][1]
+    part = work.load(name, FROM)
+    assert part is not None
+    groups = part.data if what == "a width" else part.data[0][1]
+    groups.extend(50_000 * [groups[0]])
+    work.save(name, FROM, part.tensors, part.data)
+    with pytest.warns(ResumeWarning, match="lists the same statistics twice"):
+        assert not KeptStatistics(work).load(index, new(), FROM)
