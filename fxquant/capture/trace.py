@@ -29,6 +29,7 @@ from fxquant.capture.calls import BATCH, TRACED_BATCH, Call, CallSpec, TensorSpe
 from fxquant.capture.constants import is_plain
 from fxquant.capture.describe import canonical_call, changed_leaves, describe_call
 from fxquant.capture.explain import explained, quietly
+from fxquant.capture.exporting import export
 from fxquant.capture.feature_caches import functional
 from fxquant.capture.fingerprint import fingerprint
 from fxquant.capture.functionalize import without_writes
@@ -325,21 +326,19 @@ class Architecture:
             if extra:
                 dynamic_shapes[variadic[0]] = extra
 
-        def export() -> torch.export.ExportedProgram:
+        def exported() -> torch.export.ExportedProgram:
             knowing = tracing.knowing(self.skeleton, call, numbers or {})
             with torch.no_grad(), quietly(), kept(self.skeleton), knowing, marking(self.skeleton):
-                return torch.export.export(
-                    self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
-                )
+                return export(self.skeleton, (), arguments, dynamic_shapes if dynamic else None)
 
         memos = Memos()
         try:
-            program, read = export(), set(tracing.read)
+            program, read = exported(), set(tracing.read)
             if tables := memos.read():
                 for memo in tables:
                     memo.cache_clear()
                 try:
-                    program = export()
+                    program = exported()
                 except Exception as error:  # The code computes them from values: they must be constants.
                     log.info("tables in caches of functions are constants of the graph: %s", error)
                     tracing.read = read

@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 
 from fxquant.capture.calls import BATCH, TRACED_BATCH
+from fxquant.capture.exporting import export
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import tracing_alone, without_autocast
 from fxquant.disk.folders import whole_folder
@@ -41,8 +42,8 @@ from fxquant.numerics import grids
 from fxquant.numerics.formats import bits_of, top_of
 from fxquant.numerics.hadamard import rotate
 from fxquant.numerics.packing import unpack
+from fxquant.runtime.given import quantized_model
 from fxquant.runtime.lora import refuse_loaded
-from fxquant.runtime.model import quantized_model
 
 OPSET = 21
 """Version of the ONNX operators: the first with weights in groups."""
@@ -115,7 +116,7 @@ def _write(captured: CapturedGraph, path: Path) -> tuple[str, ...]:
     try:
         with tracing_alone(), without_autocast("cpu"), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Of the exporter, about itself.
-            exported = torch.export.export(module, tuple(example), dynamic_shapes=(tuple(shapes),), strict=False)
+            exported = export(module, example, {}, (tuple(shapes),))
             program = torch.onnx.export(
                 exported, dynamo=True, opset_version=OPSET, input_names=names, optimize=False, verbose=False
             )

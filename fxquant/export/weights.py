@@ -23,8 +23,9 @@ from fxquant.numerics.formats import Scales, bits_of, is_integer
 from fxquant.numerics.packing import unpack
 from fxquant.numerics.weights import dequantize_weight
 from fxquant.runtime.float_model import check_storage
+from fxquant.runtime.given import quantized_model
 from fxquant.runtime.lora import refuse_loaded
-from fxquant.runtime.model import GraphModel, quantized_model
+from fxquant.runtime.model import GraphModel
 
 IN_PLACE = (
     "remove-no-ops,assign-precision{precision=w8a8} ; balance-channels{salience=max dearest=in-place},"

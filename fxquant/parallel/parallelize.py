@@ -20,8 +20,9 @@ from fxquant.errors import ConfigurationError, check_type
 from fxquant.parallel.cuts import Cuts
 from fxquant.parallel.plan import plan_of
 from fxquant.parallel.state import Parallel, bytes_of
+from fxquant.runtime.given import quantized_model
 from fxquant.runtime.lora import adapters_of
-from fxquant.runtime.model import GraphModel, quantized_model
+from fxquant.runtime.model import GraphModel
 
 _RUNS = "fake-quant"  # The backend whose lowered graphs are the quantized graphs.
 

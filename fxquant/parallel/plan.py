@@ -12,7 +12,7 @@ from fxquant.errors import ConfigurationError, check_type
 from fxquant.parallel.linears import read_by_others
 from fxquant.parallel.styles import Style, Styles, styles_of
 from fxquant.planning.plan import Plan
-from fxquant.runtime.model import quantized_model
+from fxquant.runtime.given import quantized_model
 from fxquant.text import fitted
 
 KINDS = {"column": "column-wise", "row": "row-wise", "whole": "replicated"}

@@ -21,6 +21,7 @@ from fxquant.capture.threads import tracing_alone, without_autocast
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError, QualityWarning
 from fxquant.ir.shared import SharedTensors
+from fxquant.ir.sources import forget_sources
 from fxquant.ir.tensors import forget_inferred, read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.plan import Plan
@@ -41,7 +42,6 @@ from fxquant.runtime.lora import (
 from fxquant.runtime.moving import Movable, Place
 from fxquant.runtime.offloading import is_offloading
 from fxquant.runtime.pretrained import Pretrained, refuse_part
-from fxquant.runtime.wrappers import unwrapped
 
 _WATCHED_CALLS = 64  # Number of calls whose timesteps are checked on a GPU.
 
@@ -145,6 +145,7 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
         self.graphs.append(captured.module)
         self.captured.append(captured)
         forget_inferred(captured.module.graph)
+        forget_sources()
 
     @property
     def serving(self) -> list[CapturedGraph]:
@@ -377,29 +378,3 @@ class _Graphs(nn.ModuleList):
     def state_dict(self, *args: Any, destination: Any = None, **_: Any) -> Any:
         """Add nothing: the model itself writes the tensors."""
         return args[0] if args else destination
-
-
-def quantized_model(model: Any, taker: str) -> tuple[GraphModel, Plan]:
-    """Return the quantized model that a function received, without a ``torch.compile`` wrapper, and its plan.
-
-    Args:
-        model: What the function received.
-        taker: Name of the function, for the message.
-
-    Raises:
-        ConfigurationError: If it is not a quantized model.
-    """
-    model = unwrapped(model)
-    if not isinstance(model, GraphModel):
-        inner = model.named_children() if isinstance(model, nn.Module) else ()
-        parts = " or ".join(f"model.{name}" for name, part in inner if isinstance(part, GraphModel))
-        raise ConfigurationError(
-            f"{taker} takes a model that fxquant.compile made, not a {type(model).__name__}"
-            f"{f'; give a part of it: {parts}' if parts else ''}"
-        )
-    if model.plan is None:
-        raise ConfigurationError(
-            f"{taker} takes a model that fxquant.compile made; this one was traced by fxquant.trace, and is not "
-            "quantized"
-        )
-    return model, model.plan

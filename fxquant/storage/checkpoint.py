@@ -30,7 +30,8 @@ from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.attribution import ATTRIBUTION_FILE
 from fxquant.planning.plan import PLAN_FILE, VECTORS_FILE, Plan
 from fxquant.runtime.converting import converted
-from fxquant.runtime.model import GraphModel, quantized_model
+from fxquant.runtime.given import quantized_model
+from fxquant.runtime.model import GraphModel
 from fxquant.runtime.parts import is_savable, quantized_parts
 from fxquant.runtime.replay import bind_all, lower_all, model_from_plan
 from fxquant.schemas.common import LARGEST_FILE, check

@@ -30,7 +30,8 @@ from fxquant.ir.digest import digest_of_code
 from fxquant.planning.attribution import Attribution, LayerErrors
 from fxquant.planning.plan import Plan
 from fxquant.runtime.float_model import check_model, check_weights, class_path, device_of, weights_digest, whole_digest
-from fxquant.runtime.model import GraphModel, quantized_model
+from fxquant.runtime.given import quantized_model
+from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
 from fxquant.statistics.kept_calls import KeptCall, KeptCalls, Run
 

@@ -21,6 +21,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from fxquant.capture.calls import BATCH, TRACED_BATCH
+from fxquant.capture.exporting import export
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.rebuilding import config_text
 from fxquant.capture.threads import tracing_alone, without_autocast
@@ -32,8 +33,9 @@ from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.runtime import torch_compile
 from fxquant.runtime.float_model import class_path
+from fxquant.runtime.given import quantized_model
 from fxquant.runtime.lora import refuse_loaded
-from fxquant.runtime.model import GraphModel, quantized_model
+from fxquant.runtime.model import GraphModel
 from fxquant.storage import pipeline_folders
 from fxquant.storage.agreement import check_finite, infinite_in, read_headers
 from fxquant.storage.aot import package
@@ -187,7 +189,7 @@ def compile_graph(captured: CapturedGraph, path: Path) -> None:
     arguments, shapes = _arguments(captured)
     try:
         with torch.no_grad(), tracing_alone(), without_autocast():
-            program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+            program = export(module, arguments, {}, shapes)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(_OPTIONS))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
