@@ -11,7 +11,7 @@ from torch import Tensor
 from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
 from fxquant.numerics.formats import is_integer
 from fxquant.numerics.rounding.adaround import adaround
-from fxquant.numerics.rounding.feedback import ErrorFeedback, is_few
+from fxquant.numerics.rounding.feedback import FEW, ErrorFeedback, is_few
 from fxquant.numerics.rounding.gptq import gptq
 from fxquant.numerics.weights import QuantizedWeight
 from fxquant.planning.context import PassContext
@@ -68,7 +68,7 @@ class GPTQ:
     def inputs(self, name: str, context: PassContext) -> Tensor:
         """See :class:`Rounder`."""
         _require_statistics(name, context, "GPTQ")
-        rows = moment_rows(context, name)
+        rows = moment_rows(context, name, FEW)
         return rows if rows is not None and is_few(rows) else _moments(name, context, "GPTQ")
 
     def quantize(

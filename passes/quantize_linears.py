@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import fx
 
+from fxquant.errors import ConfigurationError
 from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
@@ -74,6 +76,13 @@ class QuantizeLinears(Pass):
     rounding: Rounding = Rounding.NEAREST
     damping: float = 0.01
     activation_order: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.damping < math.inf:
+            raise ConfigurationError(
+                f"{self.name}: damping={self.damping} is not possible; choose a share of the mean input energy, "
+                "such as 0.01"
+            )
 
     def wants_moments(self, layer: LayerPlan) -> bool:
         """Whether GPTQ or AdaRound needs second moments: not for layers that only store their weight in 8 bits."""

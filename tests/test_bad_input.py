@@ -330,6 +330,8 @@ def test_options_that_there_are_not(
         ("remove-no-ops{speed=2}", ConfigurationError, ("has no option 'speed=2'", "Its options: none")),
         ("quantize-linears{range=mse}", ConfigurationError, ("no option 'range=mse'", "activation-range, damping")),
         ("quantize-linears{weight-range=best}", ConfigurationError, ("best", "minmax, percentile, mse")),
+        ("quantize-linears{damping=-1}", ConfigurationError, ("damping=-1", "such as 0.01")),
+        ("quantize-linears{damping=nan}", ConfigurationError, ("damping=nan", "such as 0.01")),
         ("quantize linears", ConfigurationError, ("is not a pass", "write name or name{option=value")),
     ],
 )

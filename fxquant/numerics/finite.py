@@ -35,10 +35,15 @@ def require_finite(tensor: Tensor, what: str) -> None:
 
 
 def within_float32(moments: Tensor) -> Tensor:
-    """Second moments with the same ratios, small enough for arithmetic in float32.
+    """Second moments with the same ratios, neither too large nor too small for arithmetic in float32.
 
-    Rounding depends only on the ratios. If the largest moment is above 2^60, all are divided by a power of two, because
-    the model's activations may be finite although their squares are not finite in float32.
+    Rounding depends only on the ratios. If the largest moment is above 2^60 or below 2^-60, all are divided by a power
+    of two: the model's activations may be finite although their squares are not finite in float32, or are 0 there.
     """
-    largest = float(moments.diagonal().max())
-    return moments / 2.0 ** math.ceil(math.log2(largest)) if 2.0**60 < largest < math.inf else moments
+    largest = float(moments.diagonal().max()) if len(moments) else 0.0
+    return moments if 2.0**-60 <= largest <= 2.0**60 else divided(moments, largest)
+
+
+def divided(values: Tensor, largest: float) -> Tensor:
+    """Values divided by the power of two that brings ``largest`` into 1 to 2; as they are if it is 0 or not finite."""
+    return values / 2.0 ** (math.frexp(largest)[1] - 1) if 0.0 < largest < math.inf else values

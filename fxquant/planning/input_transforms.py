@@ -15,6 +15,7 @@ from torch import Tensor
 from fxquant.errors import PassError
 from fxquant.statistics.moments import SecondMoments
 
+_ROWS = 256  # Rows of second moments that are transformed at a time.
 _LINEAR = 1e-9  # Relative error up to which a function counts as affine.
 
 Rows = Callable[[Tensor], Tensor]
@@ -77,8 +78,15 @@ def in_order(
     yield from known(frozenset(left))
 
 
-def as_matrix(transforms: Sequence[Rows], channels: int) -> Tensor | None:
-    """The matrix ``[C, C']`` of a chain of functions of rows, float64; None if the chain is not linear."""
+def linear(transforms: Sequence[Rows], channels: int) -> Rows | None:
+    """A chain of functions of rows as one function; None if it is not linear.
+
+    Nothing is as large as a matrix of all pairs of channels, which may be most of what memory has room for.
+
+    Args:
+        transforms: The functions, in order.
+        channels: C of the rows ``[n, C]`` that the first one takes.
+    """
 
     def chain(rows: Tensor) -> Tensor:
         for function in transforms:
@@ -86,25 +94,32 @@ def as_matrix(transforms: Sequence[Rows], channels: int) -> Tensor | None:
         return rows
 
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(4, channels, generator=generator, dtype=torch.float64)
-    matrix = chain(torch.eye(channels, dtype=torch.float64))
-    direct, composed = chain(rows), rows @ matrix
-    if direct.shape != composed.shape:
+    ones, others = torch.randn(2, 4, 1, channels, generator=generator, dtype=torch.float64)
+    together = chain((ones - 2 * others).flatten(0, 1))
+    apart = torch.cat([chain(one) - 2 * chain(other) for one, other in zip(ones, others, strict=True)])
+    if together.dim() != 2 or together.shape != apart.shape:
         return None
-    error = (direct - composed).abs().max()
-    return matrix if bool(error <= _LINEAR * direct.abs().max().clamp_min(1e-300)) else None
+    error = (together - apart).abs().max()
+    return chain if bool(error <= _LINEAR * apart.abs().max().clamp_min(1e-300)) else None
 
 
 def transformed_moments(seen: SecondMoments, steps: Sequence[Rows], shifts: bool) -> Tensor | None:
     """Second moments ``[C', C']`` of the transformed input; None if they do not follow from the recorded ones.
 
-    They follow if no shift is involved and all transforms are linear.
+    They follow if no shift is involved and all transforms are linear: M^T H M with the matrix M of the transforms,
+    which is never made. A number of rows of H at a time, and then of columns, is replaced by its transform.
     """
-    if shifts:
+    chain = None if shifts else linear(steps, seen.channels)
+    if chain is None:
         return None
-    matrix = as_matrix(steps, seen.channels)
-    if matrix is None:
-        return None
-    recorded = seen.of()
-    matrix = matrix.to(recorded.device)
-    return matrix.T @ recorded @ matrix
+    found = seen.of()
+    first = chain(found[:_ROWS].cpu()).to(found.device)
+    half = found if first.shape[1] == len(found) else found.new_empty(len(found), first.shape[1])
+    for start in range(0, len(found), _ROWS):
+        rows = found[start : start + _ROWS].cpu()
+        half[start : start + _ROWS] = first if start == 0 else chain(rows)
+    whole = half if len(half) == half.shape[1] else half.new_empty(half.shape[1], half.shape[1])
+    for start in range(0, half.shape[1], _ROWS):
+        columns = half[:, start : start + _ROWS].T.cpu()
+        whole[:, start : start + _ROWS] = chain(columns).T  # The result is symmetric: its rows are its columns.
+    return whole

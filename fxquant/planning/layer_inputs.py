@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.planning.context import PassContext
-from fxquant.planning.input_transforms import Rows, as_matrix, checked, in_order, transformed_moments
+from fxquant.planning.input_transforms import Rows, checked, in_order, linear, transformed_moments
 from fxquant.planning.plan import Plan
 from fxquant.planning.weighted_moments import weighted_moments
 from fxquant.statistics.moments import SecondMoments
@@ -100,12 +100,17 @@ def moments(context: PassContext, name: str) -> Tensor | None:
     return weighted_moments(found, seen.rows, seen.timesteps, weights)
 
 
-def moment_rows(context: PassContext, name: str) -> Tensor | None:
+def moment_rows(context: PassContext, name: str, channels_per_row: int) -> Tensor | None:
     """Few rows R of a layer's input, float64 ``[n, C]``, for which ``R.T @ R`` are the :func:`moments`.
 
+    Args:
+        context: The plan and the statistics.
+        name: The layer.
+        channels_per_row: Rows are few if there are this many times as many channels. No others are copied.
+
     Returns:
-        None if calibration saw so many rows that it kept the moments alone, or if these do not follow from the rows:
-        with weights of timesteps, after transforms that are not linear, and after transforms besides shifts.
+        None if calibration saw more rows, or if the moments do not follow from the rows: with weights of timesteps,
+        after transforms that are not linear, and after transforms besides shifts.
 
     Raises:
         PassError: A pass changed the input and did not declare how.
@@ -113,12 +118,14 @@ def moment_rows(context: PassContext, name: str) -> Tensor | None:
     recorded = _recorded(context, name)
     if recorded is None or name in context.timestep_weights:
         return None
-    if name in context.transforms:
-        if f"{name}.shift" in context.plan.vectors:
-            return None
-        matrix, rows = as_matrix(list(_changes(context, name, 0)), recorded.channels), recorded.rows()
-        return None if matrix is None or rows is None else rows @ matrix.to(rows.device)
-    return recorded.rows(context.plan.vectors.get(name), _shifts(context.plan, name, recorded))
+    if not 0 < channels_per_row * recorded.rows_held <= recorded.channels:
+        return None
+    if name not in context.transforms:
+        return recorded.rows(context.plan.vectors.get(name), _shifts(context.plan, name, recorded))
+    shifted = f"{name}.shift" in context.plan.vectors
+    chain = None if shifted else linear(list(_changes(context, name, 0)), recorded.channels)
+    rows = None if chain is None else recorded.rows()
+    return None if chain is None or rows is None else chain(rows.cpu())
 
 
 def _recorded(context: PassContext, name: str) -> SecondMoments | None:

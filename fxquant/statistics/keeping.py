@@ -197,7 +197,10 @@ def _entries_of_part(part: Part, known: Mapping[str, ChannelStatistics]) -> Sequ
 
 
 def _moments_of_part(part: Part, channels: int) -> SecondMoments:
-    return SecondMoments.restore(part.tensors, channels).to(part.data)
+    device = torch.device(part.data)
+    if device.type == "meta":
+        raise ValueError("its second moments are on a device without values")
+    return SecondMoments.restore(part.tensors, channels).to(device)
 
 
 def _are(kind: type, *values: Any) -> bool:

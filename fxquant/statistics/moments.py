@@ -48,6 +48,7 @@ class SecondMoments:
         self.counts: dict[float, int] = {}
         self._rows: list[Tensor] | None = []  # By call, in the dtype of the value; None once they are summed up.
         self._steps: list[float] = []  # The timestep of each of these calls.
+        self._nbytes = 0  # Of these rows; counted call by call, because there may be thousands of calls.
         self._held = torch.empty(0, dtype=torch.float32, device=device)
         self._device = self._held.device
         self._scale: Tensor | None = None  # The square roots of the diagonal, ``[C]``, if correlations are held.
@@ -55,6 +56,10 @@ class SecondMoments:
     def add(self, rows: Tensor, timestep: float) -> None:
         """Add rows ``[n, C]`` seen at one timestep. They may be held, so nobody may write into them afterwards."""
         self.check_open()
+        if not len(rows):
+            return
+        if not rows.is_floating_point():
+            rows = rows.to(torch.float32)
         total = rows.to(torch.float32).sum(dim=0, dtype=torch.float64)
         self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total
         self.counts[timestep] = self.counts.get(timestep, 0) + len(rows)
@@ -68,14 +73,17 @@ class SecondMoments:
         assert self._rows is not None
         self._rows += rows
         self._steps += steps
-        if _too_many(self._rows, self.channels) or len({(some.dtype, some.device) for some in self._rows}) > 1:
+        self._nbytes += sum(some.nbytes for some in rows)
+        first = self._rows[0]
+        same = all(some.dtype == first.dtype and some.device == first.device for some in rows)
+        if not same or _too_many(self._nbytes, self.channels):
             self._sum_up()
 
     def _sum_up(self) -> None:
         """Hold the matrix in place of the rows."""
         if self._rows is None:
             return
-        rows, self._rows, self._steps = self._rows, None, []
+        rows, self._rows, self._steps, self._nbytes = self._rows, None, [], 0
         # One allocation, because freeing many small ones would fragment the memory.
         self._held = zeros((_size(self.channels),), torch.float32, self._device)
         for some in rows:
@@ -177,6 +185,11 @@ class SecondMoments:
             )
 
     @property
+    def rows_held(self) -> int:
+        """The number of rows that :meth:`rows` gives; 0 if the matrix is held."""
+        return sum(self.counts.values()) if self._rows else 0
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the sums of x x^T."""
         self._sum_up()
@@ -199,8 +212,7 @@ class SecondMoments:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        held = self._held.nbytes + sum(rows.nbytes for rows in self._rows or ())
-        return held + 8 * len(self.sums) * self.channels
+        return self._held.nbytes + self._nbytes + 8 * len(self.sums) * self.channels
 
     @property
     def bands(self) -> list[Tensor]:
@@ -310,6 +322,8 @@ class SecondMoments:
         counts = tensors["moment_counts"].tolist()
         if not steps or sums.shape != (len(steps), channels):
             raise ValueError("second moments and their sums do not fit together")
+        if len(set(steps)) != len(steps):
+            raise ValueError("second moments list a timestep twice")
         if not (sums.isfinite().all() and min(counts, default=0) > 0):
             raise ValueError("a second moment is not finite, or was summed over nothing")
         found = cls(channels)
@@ -343,14 +357,15 @@ class SecondMoments:
             seen[step] = seen.get(step, 0) + length
         if seen != counts:
             raise ValueError("rows of second moments are of other timesteps than their sums")
-        if _too_many([rows], self.channels):
+        if _too_many(rows.nbytes, self.channels):
             raise ValueError(f"{len(rows)} rows of second moments are more than are kept")
         self._rows, self._steps = [kept(part.clone()) for part in rows.split(lengths)], steps
+        self._nbytes = rows.nbytes
 
 
-def _too_many(rows: Sequence[Tensor], channels: int) -> bool:
-    """Whether rows take so much memory that the matrix is held in their place."""
-    return sum(some.nbytes for some in rows) > 4 * _size(channels) * _SHARE
+def _too_many(nbytes: int, channels: int) -> bool:
+    """Whether rows of so many bytes are too large, so that the matrix is held in their place."""
+    return nbytes > 4 * _size(channels) * _SHARE
 
 
 def _shapes(channels: int) -> list[tuple[int, int]]:

@@ -31,12 +31,13 @@ def new() -> Statistics:
 
 
 def record(statistics: Statistics, number: int) -> None:
-    """One call: three values with two widths; the last call is so large that second moments become float64."""
+    """One call: the last one is so large that second moments become float64. Those of ``d`` are rows until then."""
     generator = torch.Generator().manual_seed(number)
     scale = 2.0**45 if number == 3 else 1.0
     for key, channels in (("b", 6), ("a", 4), ("c", 6)):
         x = scale * torch.randn(3, 7, channels, generator=generator)
         statistics.record(key, x, torch.tensor(STEPS[number]))
+    statistics.record("d", scale * torch.randn(3, 2, 40, generator=generator), torch.tensor(STEPS[number]))
 
 
 def file_of(statistics: Statistics, folder: Path) -> bytes:
@@ -60,7 +61,7 @@ def test_recording_goes_on_with_the_same_bits(interrupted: int, work: FinishedWo
         index = again.save(resumed, FROM)
     assert list(resumed) == list(whole)
     assert file_of(resumed, tmp_path) == file_of(whole, tmp_path)
-    for key in ("a", "b"):
+    for key in ("a", "b", "d"):
         found, expected = resumed[key].moments, whole[key].moments
         assert found is not None and expected is not None
         assert list(found.sums) == list(expected.sums)  # Products over timesteps depend on their order.
@@ -68,6 +69,18 @@ def test_recording_goes_on_with_the_same_bits(interrupted: int, work: FinishedWo
     last = new()
     assert KeptStatistics(work).load(index, last, FROM)
     assert file_of(last, tmp_path) == file_of(whole, tmp_path)
+
+
+@pytest.mark.parametrize("device", ["meta", "nowhere", None])
+def test_moments_on_a_device_without_values_are_damaged(device: str | None, work: FinishedWork) -> None:
+    statistics, kept = new(), KeptStatistics(work)
+    record(statistics, 0)
+    index = kept.save(statistics, FROM)
+    moments = statistics["d"].moments
+    assert moments is not None and moments.rows_held == 6
+    work.save(next(name for key, name, _ in index["moments"] if key == "d"), FROM, dict(moments.tensors()), device)
+    with pytest.warns(ResumeWarning, match="damaged"):
+        assert not KeptStatistics(work).load(index, new(), FROM)
 
 
 def test_only_what_changed_is_written(work: FinishedWork) -> None:

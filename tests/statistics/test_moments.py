@@ -167,6 +167,35 @@ def test_few_rows_are_merged_moved_and_stored_as_rows(tmp_path):
         one.rows(None, {3.0: torch.ones(90)})
 
 
+def test_bytes_and_numbers_of_rows_are_counted_as_they_come():
+    one, other = few_rows(1), few_rows(2)
+    restored = SecondMoments.restore(dict(one.tensors()), 90)
+    assert one.nbytes == restored.nbytes == (4 * 12 + 8 * 2) * 90 and one.rows_held == restored.rows_held == 12
+    one.merge(other)
+    assert one.nbytes == (4 * 24 + 8 * 2) * 90 and one.rows_held == 24
+    one.add(torch.ones(400, 90), 3.0)
+    assert one.nbytes == 4 * 90 * 90 + 8 * 2 * 90 and one.rows_held == 0 and one.rows() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_rows_that_are_not_floating_point_are_stored_as_float32(dtype, tmp_path):
+    statistics, x = Statistics(), torch.arange(180).reshape(1, 2, 90).to(dtype)
+    statistics.wants_moments = {"a"}.__contains__
+    statistics.record("a", x, torch.tensor([3.0]))
+    statistics.save(tmp_path / "s")
+    matrix = Statistics.load(tmp_path / "s")["a"].moments.matrix
+    assert torch.equal(matrix, statistics["a"].moments.matrix) and torch.equal(matrix, x[0].double().T @ x[0].double())
+
+
+@pytest.mark.parametrize("number", [3, 400])
+def test_no_rows_change_nothing(number):
+    moments = SecondMoments(90)
+    for x in (torch.ones(0, 90), torch.ones(number, 90), torch.ones(0, 90)):
+        moments.add(x, 3.0)
+    again = SecondMoments.restore(dict(moments.tensors()), 90)
+    assert moments.counts == again.counts == {3.0: number} and torch.equal(again.matrix, moments.matrix)
+
+
 def test_rows_of_two_dtypes_are_summed_up():
     found = few_rows()
     found.add(torch.ones(2, 90, dtype=torch.bfloat16), 3.0)
@@ -192,6 +221,16 @@ def test_rows_that_do_not_fit_are_refused(name, change):
     tensors[name] = change(tensors[name])
     with pytest.raises(ValueError):
         SecondMoments.restore(tensors, 90)
+
+
+def test_a_timestep_that_is_listed_twice_is_refused():
+    moments = SecondMoments(6)
+    for step in (3.0, 1.0):
+        moments.add(rows(20), step)
+    tensors = {key: tensor.clone() for key, tensor in moments.tensors()}
+    tensors["moment_timesteps"].fill_(3.0)
+    with pytest.raises(ValueError, match="a timestep twice"):
+        SecondMoments.restore(tensors, 6)
 
 
 def test_files_without_rows_are_of_the_version_that_earlier_releases_read(tmp_path):

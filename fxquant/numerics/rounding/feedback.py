@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fxquant.errors import NonFiniteError
 from fxquant.memory.mappings import drop_values
-from fxquant.numerics.finite import within_float32
+from fxquant.numerics.finite import divided, within_float32
 
 BLOCK = 128
 """Columns whose errors are propagated to all later columns at once."""
@@ -137,8 +137,8 @@ class ErrorFeedback:
 
         Args:
             moments: ``E[x x^T]``, ``[in, in]`` of any float dtype.
-            damping: Added to the diagonal, as a share of its mean. If the matrix cannot be factorized then, ten times
-                as much is added, and so on.
+            damping: Added to the diagonal, as a share of its mean over the channels that were seen. If the matrix
+                cannot be factorized then, ten times as much is added, and so on.
             activation_order: Round the channels with the largest inputs first, while most others can still compensate.
             overwrite: Whether ``moments`` may be overwritten, which saves a copy if they are float64 on the CPU.
 
@@ -157,7 +157,7 @@ class ErrorFeedback:
         diagonal = matrix.diagonal().copy()
         if not (np.isfinite(matrix.min()) and np.isfinite(matrix.max())):
             raise NonFiniteError(_NOT_FINITE)
-        diagonal[diagonal == 0] = 1.0  # No input was seen on these: each is rounded to nearest, independently.
+        diagonal += _of_unseen(diagonal)
         for attempt, share in enumerate(_shares(damping, diagonal)):
             if attempt:
                 for row in range(len(matrix)):  # The strict lower triangle is unchanged.
@@ -174,7 +174,7 @@ class ErrorFeedback:
 
         Args:
             rows: X with moments X^T X, ``[n, in]`` of any float dtype.
-            damping: As for :meth:`of`.
+            damping: As for :meth:`of`. The matrix is made if it is 0.
             activation_order: As for :meth:`of`.
 
         Raises:
@@ -184,13 +184,15 @@ class ErrorFeedback:
         largest = float(x.abs().max()) if x.numel() else 0.0
         if not np.isfinite(largest):
             raise NonFiniteError(_NOT_FINITE)
-        if largest > 2.0**30:  # As within_float32(): rounding depends only on ratios.
-            x = x / 2.0 ** np.ceil(np.log2(largest))
+        if not 2.0**-30 <= largest <= 2.0**30:  # As within_float32(): rounding depends only on ratios.
+            x = divided(x, largest)
+        if not damping:  # Then M of the module's docstring has no inverse, although the matrix may have one.
+            return cls.of(x.T @ x, damping, activation_order, overwrite=True)
         squares = x.square().sum(dim=0)
         order = _order(squares.to(torch.float32), activation_order)
-        x = x[:, order]
-        unseen = (squares[order] == 0).double().numpy()
-        for share in _shares(damping, squares[order].numpy() + unseen):
+        x, diagonal = x[:, order], squares[order].numpy()
+        unseen = _of_unseen(diagonal)
+        for share in _shares(damping, diagonal + unseen):
             factor = _factor_of_rows(x.numpy(), unseen, share)
             if factor is not None:
                 return cls(order, factor, squares.to(torch.float32))
@@ -209,6 +211,15 @@ def _unsolvable(damping: float) -> NonFiniteError:
 
 def _order(squares: Tensor, activation_order: bool) -> Tensor:
     return squares.argsort(descending=True, stable=True) if activation_order else torch.arange(len(squares))
+
+
+def _of_unseen(diagonal: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """What is added for channels on which no input was seen; each is rounded to nearest, whatever the number.
+
+    It is the mean of the others, so that damping does not depend on these channels.
+    """
+    unseen = diagonal == 0
+    return np.where(unseen, 1.0 if unseen.all() else diagonal[~unseen].mean(), 0.0)
 
 
 def _shares(damping: float, diagonal: npt.NDArray[np.float64]) -> Iterator[float]:
@@ -232,7 +243,7 @@ def _factor_of_rows(x: npt.NDArray[np.float64], unseen: npt.NDArray[np.float64],
 
     Args:
         x: X ``[T, in]``, whose columns are in the order of rounding.
-        unseen: 1 for channels whose columns are zero, 0 for others: ``[in]``.
+        unseen: What is added to the diagonal where columns are zero: ``[in]``.
         share: lambda.
     """
     count, channels = x.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,13 +56,19 @@ def test_rounds_as_the_matrix_does(format: str, group_size: int) -> None:
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
-@pytest.mark.parametrize("largest", [2.0**60, 2.0**500])
-def test_only_ratios_count(largest: float) -> None:
-    rows, weight = few(5, 43)[:, few(1, 43)[0] != 0], torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
-    huge = ErrorFeedback.of_rows(rows * largest)
-    assert huge.importance.isfinite().all()
-    ours, expected = (gptq(weight, one, format="int4") for one in (huge, ErrorFeedback.of_rows(rows)))
-    assert torch.equal(ours.codes(), expected.codes())
+@pytest.mark.parametrize("way", [ErrorFeedback.of_rows, lambda rows: ErrorFeedback.of(rows.T @ rows)])
+@pytest.mark.parametrize("largest", [2.0**-120, 2.0**-60, 2.0**-20, 2.0**60, 2.0**500])
+def test_only_ratios_count(largest: float, way: Callable[[Tensor], ErrorFeedback]) -> None:
+    """Also beside channels that were never seen, which are no part of the mean."""
+    rows, weight = few(5, 43), torch.randn(8, 43, generator=torch.Generator().manual_seed(1))
+    seen = rows.abs().sum(0) > 0
+    scaled = way(rows * largest)
+    assert scaled.importance.isfinite().all() and float(scaled.importance.max()) > 0
+    ours, expected = (gptq(weight, one, format="int4").codes() for one in (scaled, way(rows)))
+    assert torch.equal(ours, expected)
+    extremes = torch.stack([weight.amin(1), weight.amax(1)], 1)  # So that the grid is the same without the others.
+    alone = torch.cat([weight[:, seen], extremes], 1), torch.cat([rows[:, seen], torch.zeros(5, 2)], 1)
+    assert torch.equal(gptq(alone[0], way(alone[1]), format="int4").codes()[:, :-2], ours[:, seen])
 
 
 def test_channels_that_were_never_seen_are_rounded_to_nearest() -> None:
@@ -77,3 +85,12 @@ def test_rows_that_cannot_be_used() -> None:
         ErrorFeedback.of_rows(rows)
     with pytest.raises(NonFiniteError, match="round this layer to nearest"):
         ErrorFeedback.of_rows(few(3, 40), damping=0.0)  # The matrix has rank 3.
+
+
+def test_without_damping_as_many_rows_as_channels_that_were_seen_are_enough() -> None:
+    rows, weight = torch.zeros(4, 40), torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
+    rows[:, [3, 8, 30]] = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for x in (rows, torch.zeros(4, 40)):
+        expected = ErrorFeedback.of((x.T @ x).double(), damping=0.0)
+        ours, theirs = (gptq(weight, one, format="int4") for one in (ErrorFeedback.of_rows(x, 0.0), expected))
+        assert torch.equal(ours.codes(), theirs.codes())
