@@ -22,6 +22,8 @@ CALLS ?= 2000
 MODELS ?= dit:4,dit-1024:2,pixart-sigma:2,sd3-medium:2
 # Options of `make bench-gpu`, such as --model dit,flux@1 --batch 2,16 --budget 500.
 GPU_ARGS ?=
+# Options of `make gpu-wheels`, such as --python 3.11 or --without numpy,scipy.
+WHEEL_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
@@ -36,10 +38,10 @@ DOCS_STAMP := $(VENV)/.installed-docs
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test test-all sample every lint types fuzz fuzz-load storm chaos soak zoo-calls check links docs format coverage bench bench-cpu bench-gpu low-bit clean distclean
+.PHONY: help setup demo compare test test-all sample every lint types fuzz fuzz-load storm chaos soak zoo-calls check links docs format coverage bench bench-cpu bench-gpu measure-gpu gpu-wheels low-bit clean distclean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-11s %s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## make the virtual environment
 
@@ -117,6 +119,12 @@ bench-cpu: $(STAMP) ## time quantized models on the CPU, compared with other qua
 
 bench-gpu: $(STAMP) ## check products and models on a GPU or in Triton's interpreter, and time them on a GPU
 	$(PY) -m benchmarks.gpu $(GPU_ARGS) --json $(OUT)/gpu.json --markdown $(OUT)/gpu.md
+
+measure-gpu: $(STAMP) ## device tests, tuning, models and targets on a GPU, in steps; into $(OUT)/measure-gpu
+	PYTHON="$(abspath $(PY))" benchmarks/gpu/measure.sh $(OUT)/measure-gpu
+
+gpu-wheels: $(STAMP) ## collect the wheels that a machine without access to packages needs for it, into $(OUT)/wheels
+	$(PY) -m benchmarks.gpu.wheels $(OUT)/wheels $(WHEEL_ARGS)
 
 low-bit: $(STAMP) ## measure recipes in every number format and each part of auto-*, into docs/results.md; an hour or two
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.low_bit --json $(OUT)/low_bit.json --into docs/results.md --picture docs/pictures/parts.svg

@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.gpu.check import Wrong, check_model
 from benchmarks.gpu.job import Job, free, held
 from benchmarks.gpu.matmuls import Lost, reason, say, still_there
-from benchmarks.gpu.modes import Mode, Run, runner
+from benchmarks.gpu.modes import RECORDED, Mode, Run, runner
 from benchmarks.gpu.systems import Made, System, settings_kept
 from benchmarks.gpu.timing import Turn, take_turns
 
@@ -73,13 +73,27 @@ class Session:
         rounds: Number of rounds; 0 to check only.
         ended: Returns whether the time limit has passed.
         changed: Called with all rows after each change.
+        begins: Called with the name of a system before it is made.
+        kept: Modules and their bytes by name; sessions of one model that share this need not make them again.
+        compiler: Backend of ``torch.compile``.
     """
 
-    def __init__(self, job: Job, rounds: int, ended: Callable[[], bool], changed: Callable[[list[Row]], None]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        rounds: int,
+        ended: Callable[[], bool],
+        changed: Callable[[list[Row]], None],
+        begins: Callable[[str], None] = lambda name: None,
+        kept: dict[str, tuple[nn.Module, int | None]] | None = None,
+        compiler: str = "inductor",
+    ) -> None:
         self._job, self._rounds, self._ended, self._changed = job, rounds, ended, changed
+        self._begins, self._kept, self._compiler = begins, kept, compiler
         self.rows: list[Row] = []
         self._made: tuple[Made, nn.Module, int | None] | None = None
         self._largest = 0
+        self._first_rounds = min(rounds, _FIRST_ROUNDS)
 
     def measure(self, systems: Sequence[System]) -> list[Row]:
         """Check and time systems. The first one is the reference.
@@ -129,7 +143,9 @@ class Session:
                 break
             if seat is not None:
                 seats.append(seat)
-                self._take([Turn(reference.turn.run, []), Turn(seat.turn.run, [])], [reference.row, row], _FIRST_ROUNDS)
+                self._take(
+                    [Turn(reference.turn.run, []), Turn(seat.turn.run, [])], [reference.row, row], self._first_rounds
+                )
             self._changed(self.rows)
         if self._rounds and (len(seats) == 1 or not self._ended()):
             self._take([seat.turn for seat in seats], [seat.row for seat in seats], self._rounds)
@@ -149,6 +165,7 @@ class Session:
 
     def _start(self, system: System, row: Row) -> _Seat | None:
         say(f"{self._job.task.name}: {system.name}")
+        self._begins(system.name)
         row.failed = system.made.missing(self._job.device)
         if row.failed is None:
             began = time.perf_counter()
@@ -168,13 +185,15 @@ class Session:
         module, row.weights = self._module(system.made)
         mode = system.mode
         if row.weights is None:
-            return runner(module, mode, self._job.timed)
+            return runner(module, mode, self._job.timed, self._compiler)
         before = held(self._job.device)
-        if mode is Mode.GRAPH:
+        if mode in RECORDED:
+            if RECORDED[mode] is not Mode.EAGER:  # Compilation needs more memory than a call.
+                runner(module, RECORDED[mode], self._job.timed, self._compiler)()
             torch.cuda.reset_peak_memory_stats(self._job.device)
-            run = runner(module, mode, self._job.timed)
+            run = runner(module, mode, self._job.timed, self._compiler)
         else:
-            run = runner(module, mode, self._job.timed)
+            run = runner(module, mode, self._job.timed, self._compiler)
             run()  # Compilation and tuning need more memory than a call.
             torch.cuda.reset_peak_memory_stats(self._job.device)
             run()
@@ -184,6 +203,8 @@ class Session:
 
     def _module(self, made: Made) -> tuple[nn.Module, int | None]:
         """The module, which consecutive systems of the same `Made` share, and its bytes."""
+        if self._kept is not None and made.name in self._kept:
+            return self._kept[made.name]
         if self._made is None or self._made[0] is not made:
             self._made = None
             measured = self._job.device.type == "cuda" and self._rounds > 0
@@ -191,6 +212,8 @@ class Session:
             before = held(self._job.device) if measured else 0
             module = made.make(self._job)
             self._made = made, module, held(self._job.device) - before if measured else None
+            if self._kept is not None:
+                self._kept[made.name] = self._made[1:]
         return self._made[1:]
 
     def _fits(self) -> bool:

@@ -21,13 +21,13 @@ from benchmarks.gpu.session import Row
 from benchmarks.gpu.systems import REFERENCE
 
 NOT_TIMED = "Checks only: nothing was timed, and there are no figures of speed or memory."
-_HEADER = ["system", "ms", "quartiles", f"x {REFERENCE.name}", "SQNR dB", "weights MB", "peak MB", "start s"]
 _PACKAGES = ("torch", "triton", "diffusers", "torchao")
 
 
-def systems_table(rows: Sequence[Row], tablefmt: str = "simple") -> str:
+def systems_table(rows: Sequence[Row], tablefmt: str = "simple", reference: str = REFERENCE.name) -> str:
     """One row per system; systems that failed are listed below with the reason."""
-    lines = [_grid([_cells(row) for row in rows if row.failed is None], _HEADER, tablefmt)]
+    header = ["system", "ms", "quartiles", f"x {reference}", "SQNR dB", "weights MB", "peak MB", "start s"]
+    lines = [_grid([_cells(row) for row in rows if row.failed is None], header, tablefmt)]
     most = max((len(row.seconds) for row in rows), default=0)
     few = [f"{row.system} ({len(row.seconds)})" for row in rows if 0 < len(row.seconds) < most]
     lines += ["", f"In fewer rounds than the {most} of the others: {'; '.join(few)}."] if few else []

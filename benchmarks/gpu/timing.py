@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ def take_turns(turns: Sequence[Turn], rounds: int, ended: Callable[[], bool] = l
         ended: Returns whether no time is left for another round. The first round runs in any case.
     """
     for turn in turns:
-        turn.calls = turn.calls or max(1, min(_MOST_CALLS, math.ceil(_SECONDS / _seconds(turn.run, 1))))
+        turn.calls = turn.calls or _calls(turn.run)
     for number in range(rounds):
         if number and ended():
             break
@@ -50,7 +51,17 @@ def take_turns(turns: Sequence[Turn], rounds: int, ended: Callable[[], bool] = l
             turn.seconds.append(seconds)
 
 
+def _calls(run: Run) -> int:
+    if not torch.cuda.is_available():
+        return 1
+    return max(1, min(_MOST_CALLS, math.ceil(_SECONDS / _seconds(run, 1))))
+
+
 def _seconds(run: Run, calls: int) -> float:
+    if not torch.cuda.is_available():  # In a rehearsal, whose times mean nothing.
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
     run()  # An unmeasured call, because other systems changed caches and clocks.
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.tune --model dit,flux:1+1@1 --batch 2,16
 
-The result of every tiling is compared with float64 before it is timed. The table is written after each shape, to the
+The result of every tiling is compared with float64 before it is timed. The table is written after each entry, to the
 user's cache folder or to ``--out``. Entries of other shapes and devices are kept.
 """
 
@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,7 +43,16 @@ Timer = Callable[[Run], float]
 """Returns the seconds of a run."""
 
 
-def tune(shapes: Iterable[Shape], device: torch.device, name: str, timer: Timer, out: Path) -> dict[str, Config]:
+def tune(
+    shapes: Iterable[Shape],
+    device: torch.device,
+    name: str,
+    timer: Timer,
+    out: Path,
+    known: Collection[str] = (),
+    tuned: Callable[[str, Config | None], None] = lambda entry, config: None,
+    ended: Callable[[], bool] = lambda: False,
+) -> dict[str, Config]:
     """Write the fastest tiling of each shape and kind to a table, and return the new entries.
 
     Args:
@@ -51,23 +60,34 @@ def tune(shapes: Iterable[Shape], device: torch.device, name: str, timer: Timer,
         device: The device.
         name: Name of the device in the table.
         timer: Times a run.
-        out: The table, a JSON file.
+        out: The table, a JSON file. It is written after each entry.
+        known: Entries that are left as they are.
+        tuned: Called after each entry, with None if no tiling is right.
+        ended: Returns whether no further entry is to be tuned.
     """
     found: dict[str, Config] = {}
     products = {KINDS[product.name]: product for product in our_products() if product.name in KINDS}
     for shape in shapes:
         rows, inputs, outputs = shape
         for kind, product in products.items():
-            if product.lacks(device) is not None:
+            entry = key(kind, rows, outputs, inputs, name)
+            if entry in known or entry in found or product.lacks(device) is not None:
                 continue
+            if ended():
+                return found
             fastest = _fastest(kind, product, shape, device, timer)
             if fastest is not None:
-                found[key(kind, rows, outputs, inputs, name)] = fastest
-        known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-        known |= {entry: asdict(config) for entry, config in found.items()}
-        write(out, json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+                found[entry] = fastest
+                _add(out, entry, fastest)
+            tuned(entry, fastest)
         free()
     return found
+
+
+def _add(out: Path, entry: str, config: Config) -> None:
+    table = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    table[entry] = asdict(config)
+    write(out, json.dumps(dict(sorted(table.items())), indent=1) + "\n")
 
 
 def _fastest(kind: str, product: Product, shape: Shape, device: torch.device, timer: Timer) -> Config | None:
