@@ -35,6 +35,7 @@ from fxquant.ir.tensors import read_tensors, set_tensor
 from fxquant.ir.time_tables import BOUNDARIES
 from fxquant.schemas.common import check, read_json
 from fxquant.schemas.dump import DumpFile
+from fxquant.text import printable
 
 FORMAT = 1
 """Version of the format of dumps; a newer one is refused."""
@@ -113,7 +114,9 @@ class Dump:
         if not isinstance(data, dict) or not {"format", "stage", "nodes", "shapes"} <= data.keys():
             raise CheckpointError(f"{file} is not a dump of a graph; fxquant quantize --dump writes such files")
         if data["format"] != FORMAT:
-            raise CheckpointError(f"{file} has format {data['format']!r}, this fxquant reads format {FORMAT}")
+            raise CheckpointError(
+                f"{file} has format {printable(repr(data['format']), 60)}, this fxquant reads format {FORMAT}"
+            )
         check(DumpFile, data, f"{file}")
         _check_stage(data, file)
         tensors = load_tensors(stem.with_name(f"{stem.name}.safetensors"), torch.device("cpu"))

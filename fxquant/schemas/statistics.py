@@ -40,7 +40,7 @@ class StatisticsFile(Schema):
     version: Size
     num_rows: Annotated[int, Field(ge=1, lt=2**31)] | None
     seed: int
-    keys: dict[Name, list[int]]
+    keys: dict[Name, Annotated[list[int], Field(fail_fast=True)]]
     keep_calls: Size = 0
     seen_calls: Count | None = None  # Not in files of earlier versions.
     run: Run | None = None

@@ -318,8 +318,13 @@ class SecondMoments:
         Raises:
             ValueError: Shapes or dtypes do not fit together, or a sum is not finite.
         """
+        for name, dtype in _STORED.items():
+            if name in tensors and tensors[name].dtype != dtype:
+                raise ValueError(f"{name} is {tensors[name].dtype}, not {dtype}")
         sums, steps = tensors["moment_sums"], tensors["moment_timesteps"].tolist()
         counts = tensors["moment_counts"].tolist()
+        if not sums.is_floating_point():
+            raise ValueError(f"sums of second moments are {sums.dtype}")
         if not steps or sums.shape != (len(steps), channels):
             raise ValueError("second moments and their sums do not fit together")
         if len(set(steps)) != len(steps):
@@ -361,6 +366,15 @@ class SecondMoments:
             raise ValueError(f"{len(rows)} rows of second moments are more than are kept")
         self._rows, self._steps = [kept(part.clone()) for part in rows.split(lengths)], steps
         self._nbytes = rows.nbytes
+
+
+_STORED = {
+    "moment_timesteps": torch.float64,
+    "moment_call_timesteps": torch.float64,
+    "moment_counts": torch.int64,
+    "moment_calls": torch.int64,
+}
+"""Dtypes of what describes second moments in a file."""
 
 
 def _too_many(nbytes: int, channels: int) -> bool:

@@ -111,14 +111,19 @@ def check_headers(plan: Plan, headers: Mapping[str, Header]) -> None:
 
 
 def check_factors(plan: Plan) -> None:
-    """Check that the factors of each balanced linear are there, and have its input channels.
+    """Check that the factors of each balanced linear are there, and have its input channels. No other layer has shifts.
 
     The stored weights contain them already, so a model without them computes the same until a LoRA is loaded.
 
     Raises:
-        CheckpointError: Names the first layer whose factors are missing or have another shape.
+        CheckpointError: Names the first layer whose factors are missing or have another shape, or that the plan does
+            not shift although there are shifts.
     """
     for name, layer in plan.layers.items():
+        if f"{name}.shift" in plan.vectors and layer.shift is None:
+            raise CheckpointError(
+                f"there are shifts of layer {name!r}, which the plan does not shift; copy the checkpoint again"
+            )
         if layer.kind != "linear" or layer.balance is None or not layer.balance.channels:
             continue
         factors, wanted = plan.vectors.get(name), tuple(layer.shape[1:])

@@ -30,7 +30,7 @@ from fxquant.storage.aot.model import PACKAGE_FILE, PackagedModel
 from fxquant.storage.aot.package import load_package
 from fxquant.storage.card import CARD_FILE, pipeline_card
 from fxquant.storage.checkpoint import load, save
-from fxquant.storage.float_weights import check_shards, mapped_parts
+from fxquant.storage.float_weights import check_numbers, check_shards, mapped_parts
 from fxquant.storage.load_options import check_dtypes, default_dtype, device_of_map, dtype_for, dtype_option
 from fxquant.storage.part_names import dtype_in
 from fxquant.storage.pipeline_folders import INDEX_FILE, parts_of, read_index, refuse_existing
@@ -103,6 +103,7 @@ def load_pipeline(
     others = [name for name in names if name not in read]
     for name in others:
         check_shards(folder / name)
+        check_numbers(folder / name)
     try:
         with mapped_parts(folder, others, options) as ready:
             pipe = kind.from_pretrained(source, **{**_absent_parts(folder, kind), **stand_ins, **ready, **options})

@@ -6,7 +6,6 @@ in memory. While memory is bounded, they are converted into files instead.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,13 +18,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fxquant.disk.files import blaming
 from fxquant.errors import CheckpointError, WriteError
 from fxquant.memory.bound import current
-from fxquant.storage.agreement import read_headers
+from fxquant.schemas.common import read_json
+from fxquant.storage.agreement import check_config, read_headers
 from fxquant.storage.load_options import dtype_for, dtype_option
 from fxquant.storage.pipeline_folders import read_index
 from fxquant.storage.weights import variant_of
+from fxquant.text import printable
 
+_SHOWN = 200  # Characters of an error that a message shows.
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -38,10 +41,11 @@ def check_shards(folder: Path) -> None:
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         listed: dict[str, set[str]] = {}
         try:
-            for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            for name, shard in read_json(index, "pipeline")[1]["weight_map"].items():
                 listed.setdefault(shard, set()).add(name)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} cannot be read as an index of shards: {error!r}; copy it again") from error
+        except (KeyError, AttributeError, TypeError) as error:
+            reason = printable(repr(error), _SHOWN)
+            raise CheckpointError(f"{index} cannot be read as an index of shards: {reason}; copy it again") from error
         for shard, names in sorted(listed.items()):
             path = folder / shard
             if Path(shard).name != shard or not path.is_file():
@@ -55,6 +59,19 @@ def check_shards(folder: Path) -> None:
                     f"the shard {path} belongs to another model than {index.name}: it {where} {differing[0]!r}; copy "
                     "all files of the model from one place"
                 )
+
+
+def check_numbers(folder: Path) -> None:
+    """Refuse a part of a pipeline whose config states sizes that its weights cannot have: it would never be made.
+
+    Raises:
+        CheckpointError: Names the file and the number.
+    """
+    config, files = folder / "config.json", sorted(folder.glob("*.safetensors"))
+    if config.is_file() and files:
+        _, data = read_json(config, "pipeline")
+        with blaming(config):
+            check_config(data, {name: header for path in files for name, header in read_headers(path).items()})
 
 
 @contextmanager

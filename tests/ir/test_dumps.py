@@ -160,6 +160,12 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="has format 2, this fxquant reads format 1"):
             load_dump(path)
 
+    def test_a_format_that_is_no_number_is_told_in_short(self, path: Path) -> None:
+        self.changed(path, lambda data: data.update(format=data["nodes"]))
+        with pytest.raises(CheckpointError, match="this fxquant reads format 1") as caught:
+            load_dump(path)
+        assert len(str(caught.value)) < 400 + len(str(path))
+
     def test_damage(self, path: Path, tmp_path: Path) -> None:
         self.changed(path, lambda data: data["nodes"][-2].update(args=[{"node": "nowhere"}]))
         with pytest.raises(CheckpointError, match=r"dump\.json"):

@@ -264,7 +264,9 @@ def _poison(tensors: dict[str, Tensor], name: str, rng: random.Random, packaged:
 
 
 def _cast(tensors: dict[str, Tensor], name: str, rng: random.Random) -> None:
-    choices = (torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.bool)
+    choices: tuple[torch.dtype, ...] = (torch.int8, torch.int32, torch.bool)
+    if ".lora_" not in name:  # A LoRA may have any dtype of floats, and other ones have other values.
+        choices += (torch.float64, torch.float16, torch.bfloat16)
     tensors[name] = tensors[name].to(rng.choice([dtype for dtype in choices if dtype != tensors[name].dtype]))
 
 

@@ -44,6 +44,18 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "file"
 
 
+def test_a_long_list_of_what_are_no_seeds_is_refused_at_its_first(file: Path) -> None:
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    header = json.loads(metadata["fxquant-statistics"])
+    header["keys"]["a"] = [float(number) for number in range(1000)]
+    save_file(tensors, file, metadata={"fxquant-statistics": json.dumps(header)})
+    with pytest.raises(CheckpointError, match=r"keys\.a\[0\]|keys\.a\.0|'a'") as caught:
+        Statistics.load(file)
+    assert len(str(caught.value)) < 1000
+
+
 def test_everything_is_read_back(file: Path) -> None:
     before, after = made(), Statistics.load(file)
     assert after.run == before.run

@@ -214,6 +214,11 @@ def test_rows_of_two_dtypes_are_summed_up():
         ("moment_calls", lambda lengths: lengths[:-1]),
         ("moment_call_timesteps", lambda steps: steps + 1),
         ("moment_call_timesteps", lambda steps: steps[:-1]),
+        ("moment_call_timesteps", lambda steps: steps.to(torch.complex128)),
+        ("moment_timesteps", lambda steps: steps.to(torch.complex64)),
+        ("moment_sums", lambda sums: sums.to(torch.complex64)),
+        ("moment_counts", lambda counts: counts.double()),
+        ("moment_calls", lambda lengths: lengths.double()),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(name, change):

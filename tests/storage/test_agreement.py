@@ -1,4 +1,4 @@
-"""Balance factors of a checkpoint have to be there, because a LoRA that is loaded later needs them."""
+"""Balance factors and shifts of a checkpoint have to be those of its plan: a LoRA that is loaded later needs them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,18 @@ LAYER = "transformer_blocks.0.attn1.to_out.0"
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda tensors, name: tensors.pop(name), "are missing"),
-        (lambda tensors, name: tensors.update({name: tensors[name][:-1].clone()}), r"have shape \(15,\), not \(16,\)"),
+        (lambda tensors, name: tensors.pop(name), f"the balance factors of layer '{LAYER}' are missing"),
+        (
+            lambda tensors, name: tensors.update({name: tensors[name][:-1].clone()}),
+            rf"the balance factors of layer '{LAYER}' have shape \(15,\), not \(16,\)",
+        ),
+        (
+            lambda tensors, name: tensors.update({f"{name}.shift": tensors[name][None].clone()}),
+            f"there are shifts of layer '{LAYER}', which the plan does not shift",
+        ),
     ],
 )
-def test_factors_that_do_not_fit_are_refused(damage: Callable[..., Any], words: str, tmp_path: Path) -> None:
+def test_factors_and_shifts_that_do_not_fit_are_refused(damage: Callable[..., Any], words: str, tmp_path: Path) -> None:
     model = make_dit()
     made = fxquant.compile(model, recipe="smoothquant-w4a16-g4", calibrate=calibrate(model), measure=0)
     fxquant.save(made, tmp_path / "q")
@@ -33,5 +40,5 @@ def test_factors_that_do_not_fit_are_refused(damage: Callable[..., Any], words: 
     damage(tensors, LAYER)
     save_file(tensors, path)
     sign(tmp_path / "q")
-    with pytest.raises(CheckpointError, match=f"the balance factors of layer '{LAYER}' {words}"):
+    with pytest.raises(CheckpointError, match=words):
         fxquant.load(tmp_path / "q")

@@ -218,6 +218,24 @@ class TestSaveAndLoad:
         with pytest.raises(CheckpointError, match=message):
             load_pipeline(source)
 
+    @pytest.mark.parametrize(
+        "text",
+        [b'{"weight_map": ' + 100_000 * b"[", b'{"a": ' * 100_000, b"\xff" * 5000, b"[]", b'{"weight_map": {"a": {}}}'],
+    )
+    def test_a_damaged_index_of_shards(self, folder, tmp_path, text):
+        shutil.copytree(folder, tmp_path / "p")
+        (tmp_path / "p" / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_bytes(text)
+        with pytest.raises(CheckpointError, match="copy") as caught:
+            load_pipeline(tmp_path / "p")
+        assert len(str(caught.value)) < 600 + len(str(tmp_path))
+
+    def test_a_part_of_a_size_that_its_weights_cannot_have(self, folder, tmp_path):
+        shutil.copytree(folder, tmp_path / "p")
+        path = tmp_path / "p" / "vae" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"layers_per_block": 10**30}))
+        with pytest.raises(CheckpointError, match=f"config.json: it holds the number {10**30}"):
+            load_pipeline(tmp_path / "p")
+
 
 class TestParts:
     def test_parts_that_the_index_does_not_name_are_ignored(self, folder, tmp_path):
