@@ -39,7 +39,8 @@ def export(
                     _release(value)
         raise
     for mode in _modes(program):
-        mode.cache_enabled = True  # For passes, which make the same values again and again.
+        # As everywhere else, for passes: they make the same values again and again.
+        mode.cache_enabled = torch._dynamo.config.fake_tensor_cache_enabled
         _release(mode)
     return program
 

@@ -52,11 +52,11 @@ def test_inputs_go_with_the_graph(branches: bool) -> None:
     assert inputs_of_traces() == before
 
 
-def test_models_and_passes_find_the_cache_of_fake_tensors_on() -> None:
-    was = torch._dynamo.config.fake_tensor_cache_enabled
+@pytest.mark.parametrize("cached", [False, True])
+def test_only_the_trace_itself_is_without_the_cache_of_fake_tensors(cached: bool) -> None:
     model = tiny_dit(layers=1)
-    with traced_anew(), torch.no_grad():
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=cached), traced_anew(), torch.no_grad():
         traced = fxquant.trace(model)
         traced(**example_call(model))
-    assert fake_mode_of(traced.graphs[0].graph).cache_enabled
-    assert torch._dynamo.config.fake_tensor_cache_enabled == was
+        assert fake_mode_of(traced.graphs[0].graph).cache_enabled == cached
+        assert torch._dynamo.config.fake_tensor_cache_enabled == cached
