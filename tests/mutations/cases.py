@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -24,6 +25,11 @@ from tests.traces import traced_anew
 
 SECONDS, MEGABYTES = 5.0, 200
 """Limits of a case: CPU seconds (or three times the CPU time of reading what is whole, on a busy machine), and MB."""
+UNTOLD = re.compile(
+    r"adapters\.safetensors: cast to floats .*\.lora_|plan\.safetensors: in its place \S*/plan\.safetensors"
+)
+"""Damage that no check can tell: a LoRA may have any dtype of floats, and the factors of another checkpoint of the same
+layers are as valid, though a LoRA computes something else with them."""
 _HANGS = 60.0  # CPU seconds after which a case is ended.
 
 
@@ -112,7 +118,8 @@ class Cases:
             try:
                 with quiet(), _ended_after(_HANGS):
                     content = self.kind.read(folder)
-                outcome = "equal" if content == whole.content else "valid" if self.kind.valid else "failed"
+                may_differ = self.kind.valid or UNTOLD.search(told) is not None
+                outcome = "equal" if content == whole.content else "valid" if may_differ else "failed"
                 failure = "" if outcome != "failed" else "it was read, and computes something else"
             except FxquantError as error:
                 outcome = "refused"

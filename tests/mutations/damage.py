@@ -264,9 +264,12 @@ def _poison(tensors: dict[str, Tensor], name: str, rng: random.Random, packaged:
 
 
 def _cast(tensors: dict[str, Tensor], name: str, rng: random.Random) -> None:
-    choices: tuple[torch.dtype, ...] = (torch.int8, torch.int32, torch.bool)
-    if ".lora_" not in name:  # A LoRA may have any dtype of floats, and other ones have other values.
-        choices += (torch.float64, torch.float16, torch.bfloat16)
+    choices = (torch.int8, torch.int32, torch.bool)
+    tensors[name] = tensors[name].to(rng.choice([dtype for dtype in choices if dtype != tensors[name].dtype]))
+
+
+def _cast_to_floats(tensors: dict[str, Tensor], name: str, rng: random.Random) -> None:
+    choices = (torch.float64, torch.float16, torch.bfloat16)
     tensors[name] = tensors[name].to(rng.choice([dtype for dtype in choices if dtype != tensors[name].dtype]))
 
 
@@ -291,6 +294,7 @@ def _add(tensors: dict[str, Tensor], name: str, rng: random.Random) -> None:
 _TENSORS: list[tuple[str, Callable[[dict[str, Tensor], str, random.Random], None]]] = [
     *[("poison", _poison)] * 4,
     ("cast", _cast),
+    ("cast to floats", _cast_to_floats),
     ("reshape", _reshape),
     ("drop", _drop),
     ("misname", _misname),
