@@ -35,10 +35,10 @@ ARGUMENTS = {"x": torch.ones(3, 4), "y": torch.ones(3, 4)}
 OPEN = {"x": {0: Dim.AUTO}, "y": {0: Dim.AUTO}}
 
 
-def inputs_of_traces() -> int:
-    """Number of inputs of traces that exist."""
+def inputs_of_traces() -> list[TrackedFake]:
+    """The inputs of traces that exist."""
     gc.collect()
-    return sum(isinstance(one, TrackedFake) for one in gc.get_objects())
+    return [one for one in gc.get_objects() if isinstance(one, TrackedFake)]
 
 
 @pytest.mark.parametrize("branches", [False, True])
@@ -49,7 +49,9 @@ def test_inputs_go_with_the_graph(branches: bool) -> None:
             export(Model(True), (), ARGUMENTS, OPEN)
     else:
         assert "add" in str(export(Model(False), (), ARGUMENTS, OPEN).graph)
-    assert inputs_of_traces() == before
+    # Those of earlier tests may go at any time; as they are kept here, no new one has the identity of one of them.
+    known = {id(one) for one in before}
+    assert not [one for one in inputs_of_traces() if id(one) not in known]
 
 
 @pytest.mark.parametrize("cached", [False, True])
