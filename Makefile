@@ -38,7 +38,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test test-all sample every lint types fuzz fuzz-load storm chaos soak zoo-calls check links docs format coverage bench bench-cpu bench-gpu measure-gpu gpu-wheels low-bit clean distclean
+.PHONY: help setup demo compare test test-slow test-all sample every lint types fuzz fuzz-load storm chaos soak zoo-calls check links docs format coverage bench bench-cpu bench-gpu measure-gpu gpu-wheels low-bit clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-11s %s\n", $$1, $$2 }'
@@ -52,14 +52,17 @@ compare: $(STAMP) ## the demo with every available method and more images, in fi
 	$(PY) -m examples.digits.demo --all --images 100 --out $(OUT)
 
 # Types take half a minute on one core, so they are checked beside the tests.
-test: lint ## run the checks and the tests
+test: lint ## run the checks and the tests, but for the slow ones
 	@$(MAKE) --no-print-directory --jobs 2 types sample
 
-test-all: lint ## run the checks, the tests and every combination that `make test` samples
+test-slow: $(STAMP) ## run the tests that take seconds each, which `make test` leaves out
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "slow and not exhaustive"
+
+test-all: lint ## run the checks, all tests and every combination that `make test` samples
 	@$(MAKE) --no-print-directory --jobs 2 types every
 
 sample: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not exhaustive"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not exhaustive"
 
 every: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile

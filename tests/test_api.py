@@ -507,6 +507,7 @@ def test_a_model_compiled_in_place(tiny_dit: DiTTransformer2DModel, path: str) -
     assert torch.equal(run(fxquant.trace(tiny_dit)), expected)
 
 
+@pytest.mark.slow
 @traced_anew()
 def test_a_new_shape_under_autocast_is_captured_without(tiny_dit: DiTTransformer2DModel) -> None:
     made = fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit), measure=0)
@@ -556,6 +557,7 @@ def test_torch_compile(quantized: GraphModel) -> None:
         assert torch.equal(made(**inputs(batch=6)).sample, run(quantized, batch=6))
 
 
+@pytest.mark.slow
 def test_torch_compile_and_a_call_of_another_size(quantized: GraphModel, other_size: dict[str, Tensor]) -> None:
     plain = copy.deepcopy(quantized)
     made = torch.compile(copy.deepcopy(quantized), backend="aot_eager")

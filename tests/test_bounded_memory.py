@@ -84,6 +84,7 @@ def test_dit_is_equal_bit_for_bit(dit: Path, recipe: str, tmp_path: Path) -> Non
     _check_equal(lambda: _of_dit(dit), recipe, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
 def test_flux_is_equal_bit_for_bit(flux: Path, recipe: str, tmp_path: Path) -> None:
     _check_equal(lambda: _of_flux(flux), recipe, tmp_path)

@@ -35,6 +35,7 @@ def model() -> nn.Module:
     return make_dit(**WIDE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.exhaustive) for name in LIVES]
 )

@@ -49,6 +49,7 @@ def compiled(recipe: str) -> GraphModel:
     return fxquant.compile(model, recipe=made, calibrate=calibrate(model), measure=0)
 
 
+@pytest.mark.slow
 @every_recipe(COMPILED)
 def test_it_compiles_without_a_graph_break_and_exports(recipe: str) -> None:
     quantized = compiled(recipe)

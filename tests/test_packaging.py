@@ -31,6 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(file)
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
     expected = {
         f"{installed}/{file.relative_to(ROOT / folder).as_posix()}"

@@ -26,6 +26,7 @@ def call(step: float, batch: int = 2, size: int = 8, seed: int = 0) -> dict[str,
     return WAN.call(batch, seed=seed, size=size) | {"timestep": times.flatten(1)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_each_token_is_calibrated_at_its_own_timestep(tmp_path: Path) -> None:
     model, statistics, seen = WAN.model(), fxquant.Statistics(), []

@@ -134,6 +134,7 @@ def test_a_failure_is_raised_again(traces: list[Any]) -> None:
     assert made[1] < made[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["OwnDiT", pytest.param("DiT2D", marks=pytest.mark.exhaustive)])
 def test_graphs_do_not_depend_on_the_cache_of_fake_tensors(name: str) -> None:
     """Tests trace without it, and users with it."""

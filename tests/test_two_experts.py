@@ -50,6 +50,7 @@ def clip(pipe: WanPipeline, seed: int = 0) -> Tensor:
     return latents
 
 
+@pytest.mark.slow
 def test_both_are_calibrated_in_one_run() -> None:
     pipe, runs = pipeline(), []
     expected = clip(pipe, seed=1)
@@ -70,6 +71,7 @@ def test_both_are_calibrated_in_one_run() -> None:
     assert (found - expected).norm() / expected.norm() < 0.03
 
 
+@pytest.mark.slow
 def test_one_may_be_missing() -> None:
     pipe = pipeline(second=False, boundary=None)
     made = fxquant.compile_pipeline(pipe, recipe="rtn-w8a8", calibrate=lambda: clip(pipe), measure=0)
@@ -85,6 +87,7 @@ def test_one_model_under_two_names() -> None:
     assert made["transformer"] is made["transformer_2"] is pipe.transformer is pipe.transformer_2
 
 
+@pytest.mark.slow
 def test_an_error_names_the_model_and_leaves_the_pipeline_as_it_was() -> None:
     pipe = pipeline(boundary=None)  # The second is never called.
     before = pipe.transformer, pipe.transformer_2

@@ -177,6 +177,7 @@ def in_both_dtypes(cases: Sequence[tuple[str, ...]], sample: Collection[tuple[st
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "order", "recipe", "calibrated"), in_both_dtypes(CASES, FLOAT))
 def test_every_kind_of_call_is_that_of_the_model(
     kind: str, order: str, recipe: str, calibrated: str, tmp_path: Path
@@ -205,6 +206,7 @@ QUANTIZED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "recipe", "calibrated"), in_both_dtypes(QUANTIZED, []))
 def test_quantized_both_kinds_are_as_good(kind: str, recipe: str, calibrated: str, tmp_path: Path) -> None:
     """Neither kind of call is worse than in a model that was calibrated with that kind alone."""
@@ -235,6 +237,7 @@ def test_tensors_of_equal_folds_are_shared() -> None:
     assert own == {"blocks.0.n1.weight", "blocks.0.n1.bias"}
 
 
+@pytest.mark.slow
 def test_an_attention_whose_v_is_balanced_otherwise_is_refused() -> None:
     """Its range was found for v as the first kind of call has it."""
     recipe = fxquant.make_recipe("ptq4dit-w8a8", "all")

@@ -49,6 +49,7 @@ def compiled(model: nn.Module, recipe: str) -> GraphModel:
     return fxquant.compile(model, recipe=recipe, calibrate=lambda: run(model), timestep=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "most", "make"),
     [

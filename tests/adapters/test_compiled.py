@@ -28,6 +28,7 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "recipe"),
     [
@@ -50,6 +51,7 @@ def test_every_backend_adds_the_branches(backend: str, recipe: str) -> None:
     assert torch.equal(run(made), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend", ["native", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("torchao", "fake-quant"))]
 )

@@ -38,6 +38,7 @@ def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return torch.cat([leaf.flatten() for leaf in leaves if isinstance(leaf, Tensor)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
@@ -95,6 +96,7 @@ SAMPLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "order", "recipe"),
     [pytest.param(*case, marks=[pytest.mark.exhaustive] * (case not in SAMPLE)) for case in KINDS],

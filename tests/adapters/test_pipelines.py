@@ -41,6 +41,7 @@ def floating() -> FluxPipeline:
     return make_pipe(ENTRY.model())
 
 
+@pytest.mark.slow
 def test_the_life_of_loras_in_a_pipeline(pipe: FluxPipeline, floating: FluxPipeline) -> None:
     plain, base = images(pipe), sqnr_db(images(floating), images(pipe))
     assert base > 40
@@ -188,6 +189,7 @@ def test_a_lora_of_a_model_with_fewer_inputs_reads_the_first(pipe: FluxPipeline)
     assert torch.equal(images(pipe), narrow)
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_loras_is_saved_and_loaded(pipe: FluxPipeline, tmp_path: Path) -> None:
     pipe.load_lora_weights(FIRST, adapter_name="a")
     pipe.set_adapters("a", 0.6)
@@ -199,6 +201,7 @@ def test_a_pipeline_with_loras_is_saved_and_loaded(pipe: FluxPipeline, tmp_path:
     assert loaded.get_active_adapters() == ["a"]
 
 
+@pytest.mark.slow
 def test_a_lora_that_was_fused_before(floating: FluxPipeline) -> None:
     floating.load_lora_weights(FIRST, adapter_name="a")
     expected = images(floating)

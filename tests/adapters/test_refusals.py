@@ -211,6 +211,7 @@ def test_a_layer_that_no_graph_has() -> None:
     assert not torch.equal(made(torch.ones(2, 8), torch.ones(2)), before)
 
 
+@pytest.mark.slow
 def test_fused_projections_are_refused_by_name() -> None:
     from tests.zoo.models import ENTRIES
 

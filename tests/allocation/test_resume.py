@@ -50,6 +50,7 @@ class Counted:
         return self.inner(*given, **options)
 
 
+@pytest.mark.slow
 def test_a_search_for_quality(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_weights, "WORTH_KEEPING", 0.0)
     wanted = {**OPTIONS, "sqnr": 40.0, "calibrate": calibrate(model, steps=(900, 100)), "checks": 3}
@@ -66,6 +67,7 @@ def test_a_search_for_quality(model: nn.Module, tmp_path: Path, monkeypatch: pyt
     assert (found.chosen, found.checks, found.plan) == (whole.chosen, whole.checks, whole.plan)
 
 
+@pytest.mark.slow
 def test_a_search_for_speed(
     model: nn.Module, statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +97,7 @@ def test_two_measurements_in_one_folder(model: nn.Module, statistics: Statistics
         fxquant.sensitivity(model, progress=second, **wanted)
 
 
+@pytest.mark.slow
 def test_a_model_that_computes_something_else_is_refused(
     model: nn.Module, statistics: Statistics, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ def recorded(model: nn.Module) -> Statistics:
     return found
 
 
+@pytest.mark.slow
 def test_each_input_is_factorized_once(model: nn.Module, recorded: Statistics, monkeypatch: pytest.MonkeyPatch) -> None:
     factorized = []
     of = ErrorFeedback.of.__func__  # type: ignore[attr-defined]

@@ -41,6 +41,7 @@ def found(model: nn.Module, statistics: Statistics, known: Sensitivities) -> Sea
     return fxquant.search(model, size=known.uniform_bytes("w5a8"), sensitivities=known, statistics=statistics)
 
 
+@pytest.mark.slow
 def test_the_size_is_kept_and_the_quality_better_than_uniform(found: SearchResult, known: Sensitivities) -> None:
     assert found.point.size <= known.uniform_bytes("w5a8")
     assert found.point.size == found.plan.bytes_after  # What the choice predicts is what the model has.
@@ -88,6 +89,7 @@ def test_the_same_call_makes_the_same_plan(
     assert again.plan == found.plan
 
 
+@pytest.mark.slow
 def test_layers_that_read_the_same_value_share_their_codes(model: nn.Module, statistics: Statistics) -> None:
     options = {**OPTIONS, "candidates": ("w3a4", "w3a8", "w8a4", "w8a8"), "timesteps": 1, "probes": 1}
     result = fxquant.search(model, size=0.4, statistics=statistics, **options)
@@ -96,6 +98,7 @@ def test_layers_that_read_the_same_value_share_their_codes(model: nn.Module, sta
         assert bits[f"transformer_blocks.0.attn1.to_{number}"] == bits["transformer_blocks.0.attn1.to_q"]
 
 
+@pytest.mark.slow
 def test_an_sqnr_is_reached_by_the_smallest_model_that_measures_it(
     model: nn.Module, statistics: Statistics, known: Sensitivities
 ) -> None:
@@ -108,6 +111,7 @@ def test_an_sqnr_is_reached_by_the_smallest_model_that_measures_it(
     assert all(one.size >= result.point.size or (one.measured_db or 0) < target for one in result.checks)
 
 
+@pytest.mark.slow
 def test_targets_that_cannot_be_reached(model: nn.Module, statistics: Statistics, known: Sensitivities) -> None:
     with pytest.raises(UnreachableTargetError, match="the smallest has") as said:
         fxquant.search(model, size=0.01, sensitivities=known, statistics=statistics)
@@ -166,6 +170,7 @@ def test_the_picture(found: SearchResult, tmp_path: Path) -> None:
     assert "uniform, measured" in (tmp_path / "pareto.svg").read_text()
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_model_whatever_the_recipe_begins_from(model: nn.Module) -> None:
     recipe = fxquant.make_recipe("svdquant-w6a8").with_options("split-low-rank", rank=2)
     candidates = ("w4a8", "w8a16", "float")
@@ -194,6 +199,7 @@ def test_sizes_are_those_of_the_model_whatever_the_recipe_begins_from(model: nn.
         assert sum(own) <= made.plan.bytes_after
 
 
+@pytest.mark.slow
 def test_a_model_without_error_reaches_every_target(model: nn.Module, statistics: Statistics) -> None:
     options = {**OPTIONS, "candidates": ("w4a8", "float"), "layers": "blocks", "probes": 1}
     result = fxquant.search(model, sqnr=500, statistics=statistics, **options)
@@ -208,6 +214,7 @@ def test_outputs_that_are_not_finite_count() -> None:
     assert mean_sqnr([]) is None
 
 
+@pytest.mark.slow
 def test_rotated_layers_are_compared_with_rotated_ones(model: nn.Module) -> None:
     """Layers with float inputs read the same rotated values as the recipe's own precision."""
     options: dict[str, Any] = {"calibrate": calibrate(model), "timesteps": 1, "probes": 1, "measure": 0}
@@ -220,6 +227,7 @@ def test_rotated_layers_are_compared_with_rotated_ones(model: nn.Module) -> None
         fxquant.sensitivity(model, recipe="quarot-gptq-w4a16", candidates=("w4a8",), **options)
 
 
+@pytest.mark.slow
 def test_the_reason_why_a_candidate_is_left_out_is_whole(model: nn.Module, statistics: Statistics) -> None:
     options: dict[str, Any] = {"candidates": ("w4a8-g48", "w8a8"), "recipe": "smoothquant-w8a8", "timesteps": 1}
     known = fxquant.sensitivity(model, statistics=statistics, probes=1, measure=0, **options)
@@ -227,6 +235,7 @@ def test_the_reason_why_a_candidate_is_left_out_is_whole(model: nn.Module, stati
     assert not any(text.endswith(":") for text in known.left_out.values())
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_continues(model: nn.Module, statistics: Statistics, tmp_path: Path) -> None:
     options: dict[str, Any] = {**OPTIONS, "size": 0.4, "probes": 1, "recipe": "rtn", "statistics": statistics}
 
@@ -245,6 +254,7 @@ def test_an_interrupted_search_continues(model: nn.Module, statistics: Statistic
     assert given.plan == again.plan
 
 
+@pytest.mark.slow
 def test_errors_that_are_not_finite_are_kept_and_avoided(
     model: nn.Module, statistics: Statistics, known: Sensitivities, tmp_path: Path
 ) -> None:
@@ -269,6 +279,7 @@ def test_errors_that_are_not_finite_are_kept_and_avoided(
         fxquant.search(model, size=0.5, sensitivities=given, statistics=statistics)
 
 
+@pytest.mark.slow
 def test_a_model_whose_output_is_0_is_refused() -> None:
     """As that of a model whose last layer was initialized with zeros."""
     model = make_dit()

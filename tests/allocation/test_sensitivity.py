@@ -34,6 +34,7 @@ def found(model: nn.Module, statistics: Statistics) -> Sensitivities:
     return fxquant.sensitivity(model, statistics=statistics, probes=32, measure=1000, **EXACT)
 
 
+@pytest.mark.slow
 def test_each_layer_has_each_precision(found: Sensitivities) -> None:
     assert LAYER in found.layers and found.precisions == CANDIDATES
     assert len({layer.reads for name, layer in found.layers.items() if ".attn1.to_" in name}) == 2  # q, k, v; out.
@@ -104,6 +105,7 @@ def test_uniform_precisions_are_measured(found: Sensitivities, model: nn.Module,
     assert found.uniform_bytes("w4a8") == made.plan.bytes_after
 
 
+@pytest.mark.slow
 def test_layers_that_cannot_have_a_precision_are_listed(model: nn.Module, statistics: Statistics) -> None:
     options = {**EXACT, "candidates": ("w4a8", "w4a8-g16", "w4a8-g64"), "timesteps": 1, "samples": 1}
     found = fxquant.sensitivity(model, statistics=statistics, probes=1, measure=0, **options)
@@ -136,6 +138,7 @@ def test_the_table_and_the_file(found: Sensitivities, tmp_path: Path) -> None:
         found.of("proj")
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_continues(
     model: nn.Module, statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +187,7 @@ def test_torch_is_left_as_it_was(model: nn.Module) -> None:
     assert torch.is_grad_enabled() and all(not parameter.grad for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_number_formats_are_candidates(model: nn.Module, statistics: Statistics) -> None:
     options = {**EXACT, "candidates": ("w4a8", "wfp8afp8", "wnvfp4anvfp4", "wnf4a16"), "timesteps": 1}
     found = fxquant.sensitivity(model, statistics=statistics, probes=32, measure=1000, **options)

@@ -63,6 +63,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.slow
 def test_a_speed_is_that_of_a_whole_call(
     model: nn.Module, statistics: Statistics, known: Sensitivities, table: LayerTimes, clock: dict[str, Any]
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_speed_is_that_of_a_whole_call(
     assert again.plan == result.plan
 
 
+@pytest.mark.slow
 def test_the_rest_is_measured_and_corrected_and_the_file_repeats_the_choice(
     model: nn.Module, statistics: Statistics, known: Sensitivities, clock: dict[str, Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -117,6 +119,7 @@ def test_times_that_do_not_hold_here_are_told(
         fxquant.search(model, speed=2, sensitivities=known, statistics=statistics, times=table)
 
 
+@pytest.mark.slow
 def test_a_table_of_other_layers_or_of_another_backend(
     model: nn.Module, statistics: Statistics, known: Sensitivities, table: LayerTimes, tmp_path: Path
 ) -> None:
@@ -159,6 +162,7 @@ def test_layers_are_timed_as_the_backend_lowers_them() -> None:
     assert large > 2 * small  # 256 times the work.
 
 
+@pytest.mark.slow
 def test_precisions_that_the_backend_does_not_run_are_left_out(model: nn.Module) -> None:
     options: dict[str, Any] = {"recipe": "smoothquant", "timesteps": 1, "measure": 0, "probes": 1}
     collected = Statistics(keep_calls=3)

@@ -34,6 +34,7 @@ def test_every_system_is_called_in_every_round(monkeypatch: pytest.MonkeyPatch) 
     assert calls == ["without", "without", "fused", "fused"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(machine.missing_kernels() is not None, reason="there are no compiled kernels here")
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_writes_a_table(

@@ -83,6 +83,7 @@ def test_each_variant_lacks_one_part() -> None:
     assert "rotate-channels" not in str(four["without rotation"]) and "rotate-channels" in str(four["without branch"])
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_draws_what_the_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     results = Results(tmp_path / "found.json")

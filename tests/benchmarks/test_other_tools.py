@@ -12,6 +12,7 @@ from benchmarks.models import task_of
 from benchmarks.other_tools import TOOLS, balanced_task, mean_sqnr
 
 
+@pytest.mark.slow
 def test_a_balanced_task_computes_the_same_and_is_quantized() -> None:
     pytest.importorskip("torchao")
     task = task_of("tiny:1", 2)

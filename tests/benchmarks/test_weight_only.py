@@ -24,6 +24,7 @@ def test_systems_compute_the_same() -> None:
         assert sqnr_db(exact, calls[f"int4-g{group}"](x)) > 15.0
 
 
+@pytest.mark.slow
 def test_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     before = torch.get_num_threads()
     try:

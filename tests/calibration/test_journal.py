@@ -103,6 +103,7 @@ def attempt(
     return found, statistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "sizes"),
     [("ptq4dit-gptq-w4a8", (8,)), ("single-step-w4a8", (8,)), ("rtn-w8a8", (8, 4))],

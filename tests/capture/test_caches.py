@@ -92,6 +92,7 @@ def compiled(model: nn.Module, *tokens: int) -> fxquant.GraphModel:
     return fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=calibrate, measure=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("called", "sizes", "further"),

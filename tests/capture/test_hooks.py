@@ -101,6 +101,7 @@ def test_hooks_that_only_look_for_the_device_of_inputs_are_traced(tiny_dit: DiTT
     assert torch.equal(run(fxquant.trace(tiny_dit)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [pytest.param("", marks=pytest.mark.exhaustive), "transformer_blocks.0"])
 def test_a_function_around_a_forward_that_holds_the_model(tiny_dit: DiTTransformer2DModel, path: str) -> None:
     module = tiny_dit.get_submodule(path)

@@ -105,6 +105,7 @@ def test_values_of_a_mask_are_followed(body: Body) -> None:
     assert weights == {model.blocks[0][0].weight.data_ptr()}
 
 
+@pytest.mark.slow
 def test_a_quantized_model_says_so_and_is_saved_and_loaded(tmp_path: Any) -> None:
     model = Masked(lengths).eval()
     calls = [call(), call(size=2)]

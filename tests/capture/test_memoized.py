@@ -73,6 +73,7 @@ def empty() -> Iterator[None]:
         function.cache_clear()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_new_size_after_compilation_leaves_the_float_model_as_it_was() -> None:
     model, untouched = Cached().eval(), Cached().eval()
@@ -104,6 +105,7 @@ torch.save([fxquant.load(sys.argv[1], model=Cached)(*call(size)) for size in (3,
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_new_process_gives_the_same_bits(tmp_path: Path) -> None:
     model = Cached().eval()

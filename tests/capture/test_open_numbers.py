@@ -183,6 +183,7 @@ def test_compiled_they_are_inputs(quantized: GraphModel) -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_compiled_within_something_larger(quantized: GraphModel) -> None:
     torch._dynamo.reset()
     model = Numbered(COMPUTING["times"])
@@ -235,6 +236,7 @@ def test_a_model_that_fails_with_any_number_says_so_once() -> None:
 FLOATS, STRINGS = [n / 10 for n in range(10)], list("abcdefghij")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "compiling"),
     [

@@ -26,6 +26,7 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_model_is_traced_once_while_traces_are_shared(exports: list[str]) -> None:
     model, other = make_dit(), make_dit()
     call = Architecture.of(model, "timestep").canonical((), inputs())
@@ -42,6 +43,7 @@ def test_a_model_is_traced_once_while_traces_are_shared(exports: list[str]) -> N
     assert len(exports) == 3 * once
 
 
+@pytest.mark.slow
 def test_calls_of_another_kind_are_traced(exports: list[str]) -> None:
     model = make_dit()
     architecture = Architecture.of(model, "timestep")
@@ -53,6 +55,7 @@ def test_calls_of_another_kind_are_traced(exports: list[str]) -> None:
     assert first.call != second.call
 
 
+@pytest.mark.slow
 def test_a_search_traces_once(exports: list[str]) -> None:
     model = make_dit()
     statistics = fxquant.Statistics(keep_calls=2)

@@ -127,6 +127,7 @@ def z_image(model: nn.Module, batch: int = 1, prompt: int = 6, step: float = 0.5
     return torch.stack(model(**inputs, return_dict=False)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_z_image_is_saved_and_loaded_and_takes_more_samples(full: bool, tmp_path: Path) -> None:
     """Also one whose cache a call has filled, which its class makes empty."""
@@ -173,6 +174,7 @@ class Adding(nn.Module):
         return self.proj(x) + self.total + timestep[:, None, None]
 
 
+@pytest.mark.slow
 def test_a_model_that_writes_into_a_tensor_that_it_keeps() -> None:
     """It is refused, and its copy, which is called first, does not write into the model's own tensor."""
     model = Adding().eval()

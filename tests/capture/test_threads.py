@@ -42,6 +42,7 @@ def compiled(model: nn.Module) -> GraphModel:
     return fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=lambda: model(*call()), measure=0)
 
 
+@pytest.mark.slow
 def test_threads_call_capture_load_and_compile_at_once(tmp_path: Path) -> None:
     model = Small().eval()  # Copied by the threads: making one draws from the random numbers that all threads share.
     shared = compiled(model)

@@ -220,6 +220,7 @@ def masked(x: Tensor) -> Tensor:
     return flex_attention(heads, heads, heads, block_mask=mask)[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "op"), [(chosen, "cond"), (masked, "flex_attention")])
 @pytest.mark.filterwarnings("ignore")
 def test_ops_that_run_a_graph_of_their_own_are_refused(way: Callable[[Tensor], Tensor], op: str) -> None:
@@ -532,6 +533,7 @@ def _in_pieces(x: Tensor) -> Tensor:
     return torch.cat([piece * (number + 1) for number, piece in enumerate(pieces)])[::6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [

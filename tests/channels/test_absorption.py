@@ -151,6 +151,7 @@ BY_TIMESTEP = {("pixart", 3), ("flux", 1)}
 """Both ways to modulate, from a shared table and in each block, and attention of one stream and of two."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "groups"),
     [
@@ -174,6 +175,7 @@ def dit_result() -> tuple[CapturedGraph, Plan]:
     return balanced(dit())
 
 
+@pytest.mark.slow
 def test_dit_is_balanced_for_free(dit_result: tuple[CapturedGraph, Plan]) -> None:
     found, plan = dit_result
     for part in ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"):

@@ -35,6 +35,7 @@ def run() -> Callable[..., str]:
     return invoke
 
 
+@pytest.mark.slow
 def test_measure_search_and_load(folder: Path, run: Callable[..., str], tmp_path: Path) -> None:
     file, out = tmp_path / "dit.sensitivities", tmp_path / "mixed"
     text = run("sensitivity", folder, "--out", file, "--measure", 0, *QUICK, *CANDIDATES)
@@ -52,6 +53,7 @@ def test_measure_search_and_load(folder: Path, run: Callable[..., str], tmp_path
     assert (tmp_path / "pareto.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_times_are_kept_for_a_speed(folder: Path, run: Callable[..., str], tmp_path: Path) -> None:
     """The reference ops are slower than float, so the speed is below 1."""
     options = ("--speed", 0.001, "--times", tmp_path / "dit.times", "--json")
@@ -95,6 +97,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_read(run: Callable
     assert "give the original float pipeline" in said("sensitivity", nothing)
 
 
+@pytest.mark.slow
 def test_a_search_keeps_finished_timesteps(folder: Path, run: Callable[..., str], tmp_path: Path) -> None:
     options = ("search", folder, "--size", 0.5, *QUICK, *CANDIDATES, "--resume", tmp_path / "unfinished", "--json")
     first, second = (

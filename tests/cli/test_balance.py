@@ -70,6 +70,7 @@ def test_replaces_nothing(float_folder: Path, tmp_path: Path) -> None:
 # --- files for other tools ---
 
 
+@pytest.mark.slow
 def test_exports_in_the_layout_of_another_tool(float_folder: Path, tmp_path: Path) -> None:
     recipe = IN_PLACE.replace("precision=w8a8", "precision=w8a16")
     made = run("quantize", float_folder, "--recipe", recipe, "--out", tmp_path / "q", "--measure", "0", *FAST)

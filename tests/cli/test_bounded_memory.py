@@ -19,6 +19,7 @@ def _run(*arguments: Any) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_weights_are_those_without_a_bound(
     float_folder: Path, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -475,6 +475,7 @@ class TestProfile:
         assert "a batch of 0 is too small" in refused("profile", quantized, "--batch", 0)
 
 
+@pytest.mark.slow
 def test_the_installed_command(quantized):
     """One real process: an error and a report, without the noise of the libraries."""
     command = [sys.executable, "-m", "fxquant.cli"]

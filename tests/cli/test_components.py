@@ -50,6 +50,7 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_balances_two_experts_of_a_variant(wan: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a fox\n")
@@ -61,6 +62,7 @@ def test_balances_two_experts_of_a_variant(wan: Path, tmp_path: Path) -> None:
     assert isinstance(pipe.transformer, WanTransformer3DModel) and isinstance(pipe.transformer_2, WanTransformer3DModel)
 
 
+@pytest.mark.slow
 def test_two_experts_of_a_variant(wan: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a fox\n")
@@ -117,6 +119,7 @@ def test_a_part_that_is_quantized_already(tmp_path: Path) -> None:
         assert "was made by fxquant; give the original float pipeline" in " ".join(done.output.split())
 
 
+@pytest.mark.slow
 def test_one_run_for_all_parts(wan: Path) -> None:
     pipe = make_wan()
     experts = pipe.transformer, pipe.transformer_2
@@ -136,6 +139,7 @@ def test_one_run_for_all_parts(wan: Path) -> None:
     assert all(type(part) is GraphModel for part in made.values())
 
 
+@pytest.mark.slow
 def test_a_vae(float_folder: Path, tmp_path: Path) -> None:
     """Calibration decodes, and the folder is a pipeline like any other."""
     out = tmp_path / "q"

@@ -33,6 +33,7 @@ def stored(model: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.stored_tensors().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [pytest.param("rtn-w8a8", marks=pytest.mark.exhaustive), "rtn-w4a8-g64"])
 def test_the_size_of_the_digits(recipe: str, tmp_path: Path) -> None:
     found = told(str(DIGITS), "--recipe", recipe, "--samples", "8", "--steps", "10")

@@ -30,6 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_figures_limits_and_picture(folders: Path, tmp_path: Path) -> None:
     inputs = (folders / "w4a8", "--reference", folders / "float", "--against", folders / "reference.npz", *FAST)
     work = ("--work", tmp_path / "work", "--picture", tmp_path / "grid.png")
@@ -54,6 +55,7 @@ def test_figures_limits_and_picture(folders: Path, tmp_path: Path) -> None:
     assert "inception_score" in again.stdout and "lpips: needs the weights of AlexNet" in again.stdout
 
 
+@pytest.mark.slow
 def test_refusals(folders: Path, tmp_path: Path) -> None:
     quantized = folders / "w4a8"
     cases = [
@@ -75,6 +77,7 @@ def test_refusals(folders: Path, tmp_path: Path) -> None:
         assert reason in refused("eval", quantized, "--images", "2", "--steps", "1", *options), options
 
 
+@pytest.mark.slow
 def test_shares_and_other_settings(folders: Path, tmp_path: Path) -> None:
     inputs = (folders / "w4a8", *FAST, "--work", tmp_path)
     for share in ("0/2", "1/2"):

@@ -59,6 +59,7 @@ def test_explain(folders: tuple[Path, Path]) -> None:
     assert "transformer_blocks.1.attn1.to_q" in bad("explain", folders[0], "transformer_blocks.1.attn.to_q")
 
 
+@pytest.mark.slow
 def test_diff(folders: tuple[Path, Path]) -> None:
     text = good("diff", *folders)
     assert "transformer_blocks.0-1.attn1.to_q" in text and "w_format=int4 -> w_format=int8" in text
@@ -135,6 +136,7 @@ def test_opt_names_a_module_that_cannot_be_imported(name: str, tmp_path: Path, m
     assert f"--import {name}: it cannot be imported" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_graph_is_written_as_other_files_are(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert "choose another name for the file" in bad("graph", folders[0], "--block", 1, "-o", tmp_path)
     assert run("graph", folders[0], "--block", 1, "-o", tmp_path / "new" / "graph.txt").exit_code == 0
@@ -148,6 +150,7 @@ def test_opt_refuses(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert "cannot be imported" in bad("opt", tmp_path / "odd", "--passes", "a", "--import", "no_such_module_here")
 
 
+@pytest.mark.slow
 def test_inspect_writes_a_page_and_a_trace(folders: tuple[Path, Path], tmp_path: Path) -> None:
     page, trace = tmp_path / "page.html", tmp_path / "trace.json"
     assert good("inspect", folders[0], "-o", page, "--against", folders[1], "--trace", trace).count("wrote") == 2
@@ -161,6 +164,7 @@ def test_inspect_writes_a_page_and_a_trace(folders: tuple[Path, Path], tmp_path:
         assert "--json and --graph are for the table" in bad("inspect", folders[0], "-o", page, *option)
 
 
+@pytest.mark.slow
 def test_plot(folders: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "block.svg"
     assert "wrote" in good("plot", folders[0], "block", "--layer", "transformer_blocks.0", "-o", out)

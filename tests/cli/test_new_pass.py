@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 TEMPLATE = Path(str(files("fxquant.cli"))) / "templates" / "new-pass"
 
 
+@pytest.mark.slow
 def test_the_tests_of_a_new_package_pass(tmp_path: Path) -> None:
     folder = tmp_path / "made"
     made = CliRunner().invoke(app, ["new-pass", "halve-my-weights", "--out", str(folder)])

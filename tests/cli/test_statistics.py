@@ -22,6 +22,7 @@ def kept(float_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "file"
 
 
+@pytest.mark.slow
 def test_a_second_conversion(float_folder: Path, kept: Path, tmp_path: Path) -> None:
     recipe = ("--recipe", "ptq4dit-w4a8")
     result = run("quantize", float_folder, *recipe, "--out", tmp_path / "second", "--statistics", kept)

@@ -52,6 +52,7 @@ def assert_nothing_written(folder):
     assert sorted(path.name for path in folder.iterdir() if path.suffix not in (".out", ".err")) == ["float"]
 
 
+@pytest.mark.slow
 def test_quantize(folder):
     codes, out, err = run(folder, *QUANTIZE, "--keep-statistics", "dit.statistics")
     assert codes == [0, 0], err
@@ -91,6 +92,7 @@ def test_rank_that_is_killed(folder):
     assert_nothing_written(folder)
 
 
+@pytest.mark.slow
 def test_rank_that_is_killed_while_it_writes(folder):
     codes, _, err = run(folder, *QUANTIZE, accident="killed_in_writing", on=0)
     assert codes == [-9, 2]
@@ -98,6 +100,7 @@ def test_rank_that_is_killed_while_it_writes(folder):
     assert_nothing_written(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_rank_that_is_killed_while_it_learns(rank, folder):
     command = [part.replace("gptq", "reconstruct") for part in QUANTIZE]

@@ -109,10 +109,12 @@ def assert_of_one_process(found, calls, recipe):
     return one
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_one_process(two):
     assert_of_one_process(loaded(two[1] / GPTQ, 2), CALLS, GPTQ)
 
 
+@pytest.mark.slow
 def test_four_ranks(tmp_path):
     wanted = {"four": (work.quantize, lambda folder: (folder, GPTQ, shares(4), {"measure": 5}))}
     first, *others = results(4, tmp_path, wanted)["four"]
@@ -158,6 +160,7 @@ def test_failed_step(two):
     assert all("no more memory" in str(error) for error in found)
 
 
+@pytest.mark.slow
 def test_flux(two):
     first, second = two[0]["flux"]
     assert_same(second, first)
@@ -176,6 +179,7 @@ def test_two_models_in_one_calibration(two):
         assert_same(second[name], first[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_kinds_of_call_are_numbered_alike(name, two):
     """Ranks make calls of other kinds, or in another order."""

@@ -76,6 +76,7 @@ def backend() -> Iterator[Backend]:
         yield page.Int8Storage()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["rtn-w3a6", pytest.param("dynamic-w4a8", marks=pytest.mark.exhaustive), "htg-w8a8"])
 def test_the_backend_of_the_page_agrees_with_the_reference(backend: Backend, recipe: str) -> None:
     model, chosen = make_dit(), make_recipe(recipe, "all")
@@ -89,6 +90,7 @@ def test_the_backend_of_the_page_agrees_with_the_reference(backend: Backend, rec
     assert torch.equal(run(copy.deepcopy(mine)), run(mine))
 
 
+@pytest.mark.slow
 def test_the_backend_of_the_page_lowers_loaded_models(backend: Backend, tmp_path: Path) -> None:
     model = make_dit()
     recipe = make_recipe("htg-w4a8").with_options("group-timesteps", groups=2)

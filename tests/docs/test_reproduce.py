@@ -59,6 +59,7 @@ def test_settings_are_those_of_the_papers() -> None:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["runs/ptq4dit-w8a8-250", pytest.param("", id="all", marks=pytest.mark.exhaustive)])
 def test_the_commands_run(work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

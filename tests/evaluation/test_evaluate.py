@@ -240,6 +240,7 @@ def _rank(rank: int, work: str, results: Any) -> None:
     results.put(None if found is None else found.metrics)
 
 
+@pytest.mark.slow
 def test_ranks_share_the_images_and_the_first_one_measures(both: tuple[Any, Any], tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     results = spawn.Queue()

@@ -30,6 +30,7 @@ def test_augmentation_is_seeded_and_mild() -> None:
     assert 0 < (first - images[:64]).abs().mean() < 0.3
 
 
+@pytest.mark.slow
 def test_importing_the_demo_prints_nothing() -> None:
     command = [sys.executable, "-c", "import examples.digits.demo"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)

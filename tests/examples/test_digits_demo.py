@@ -66,6 +66,7 @@ def test_the_demo_shows_each_method_once_and_the_choice_of_layers_on_one_model()
     assert [job for job in jobs if job.layers == "all"] == [Job("plain", "ptq4dit-w4a8", "all")]
 
 
+@pytest.mark.slow
 def test_the_float_row_compares_the_model_with_itself(pipe: DiTPipeline, tmp_path: Path) -> None:
     ((_, found),) = rows.rows(pipe, "plain", [Job("plain", "float", "")], 66, tmp_path)
     assert found.images.shape == (rows.SHOWN, 3, 32, 32)

@@ -95,21 +95,25 @@ def sqnr(pipe: DiTPipeline, planted: DiTTransformer2DModel, numbers: None) -> Ca
     return measure
 
 
+@pytest.mark.slow
 def test_salient_channels_break_rounding_and_ptq4dit_mends_it(sqnr: Callable[[str, str], float]) -> None:
     assert sqnr("planted", "ptq4dit-w8a8") > sqnr("planted", "rtn-w8a8") + 6
     assert sqnr("planted", "ptq4dit-w4a8") > sqnr("planted", "rtn-w4a8") + 6
     assert sqnr("planted", "ptq4dit-w4a8") > sqnr("planted", "smoothquant-w4a8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [pytest.param("w8a8", marks=pytest.mark.exhaustive), "w4a8"])
 def test_without_salient_channels_ptq4dit_costs_nothing(sqnr: Callable[[str, str], float], precision: str) -> None:
     assert sqnr("plain", f"ptq4dit-{precision}") > sqnr("plain", f"rtn-{precision}") - 0.3
 
 
+@pytest.mark.slow
 def test_planting_is_undone(sqnr: Callable[[str, str], float]) -> None:
     assert sqnr("planted", "ptq4dit-w8a8") == pytest.approx(sqnr("plain", "ptq4dit-w8a8"), abs=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.exhaustive), "planted"])
 def test_gptq_takes_down_the_wall_of_four_bits(sqnr: Callable[[str, str], float], name: str) -> None:
     assert sqnr(name, "ptq4dit-gptq-w4a8") > sqnr(name, "ptq4dit-w4a8") + 6

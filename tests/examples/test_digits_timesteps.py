@@ -27,6 +27,7 @@ def quantized(pipe: DiTPipeline) -> functools._lru_cache_wrapper[GraphModel]:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "numbers"),
     [

@@ -20,6 +20,7 @@ def _weights(out: Path) -> dict[str, torch.Tensor]:
     return {f"{file.parent.name}.{name}": value for file in files for name, value in load_file(file).items()}
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     train(SMOKE, tmp_path / "whole")
     for stage, step in (("vae", 3), ("classifier", 1), ("transformer", 5)):
@@ -40,6 +41,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         assert torch.allclose(value.float(), resumed[name].float(), atol=1e-3), name
 
 
+@pytest.mark.slow
 def test_command_line_writes_a_loadable_pipeline(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     main(["--smoke", "--out", str(tmp_path), "--seed", "1", "--threads", str(threads)])

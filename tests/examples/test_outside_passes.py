@@ -50,6 +50,7 @@ _QUICK = "not lifecycle or float8 or powers"
 _SLOW = "lifecycle and not float8 and not powers"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("those", [_QUICK, pytest.param(_SLOW, marks=pytest.mark.exhaustive)])
 def test_the_tests_of_the_package_pass(those: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.sharing", "-k", those]

@@ -75,6 +75,7 @@ CLASSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["smoothquant-w8a8", pytest.param(REPQ, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "name",

@@ -12,6 +12,7 @@ from fxquant.errors import CalibrationError, ConfigurationError
 from tests.test_two_experts import clip, pipeline
 
 
+@pytest.mark.slow
 def test_one_run_balances_both_experts() -> None:
     pipe, runs = pipeline(), []
     experts = pipe.transformer, pipe.transformer_2
@@ -30,6 +31,7 @@ def test_one_run_balances_both_experts() -> None:
     assert (found - expected).norm() / expected.norm() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_model_under_two_names_is_balanced_once() -> None:
     pipe = pipeline()
     pipe.transformer_2 = pipe.transformer

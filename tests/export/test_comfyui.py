@@ -80,6 +80,7 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], 
     return quantized, call, export_comfyui(quantized, tmp_path_factory.mktemp("sd3") / "out")
 
 
+@pytest.mark.slow
 def test_diffusers_reads_the_int8_file_of_sd3(sd3: Any, tmp_path: Path) -> None:
     quantized, call, file = sd3
     assert file.name == FILE

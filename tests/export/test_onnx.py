@@ -105,6 +105,7 @@ def test_squeezes_and_copies_that_torch_writes_otherwise(tmp_path: Path) -> None
         assert error(found, made(**call)) < 1e-5
 
 
+@pytest.mark.slow
 def test_codes_are_stored_as_bytes(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     model = quantized("rtn-w8a8")
@@ -119,6 +120,7 @@ def test_codes_are_stored_as_bytes(tmp_path: Path) -> None:
     assert {weight.data_type for weight in weights} == {onnx.TensorProto.UINT8}
 
 
+@pytest.mark.slow
 def test_openvino_computes_the_same(tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     model = quantized("rtn-w8a8")
@@ -133,6 +135,7 @@ def test_openvino_computes_the_same(tmp_path: Path) -> None:
     assert error(found, expected) < 0.02
 
 
+@pytest.mark.slow
 def test_openvino_leaves_nothing_if_it_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     openvino = pytest.importorskip("openvino")
     monkeypatch.setattr(openvino, "save_model", partial(fail, "no space"))
@@ -147,6 +150,7 @@ def fail(reason: str, *_: Any, **__: Any) -> None:
     raise RuntimeError(reason)
 
 
+@pytest.mark.slow
 def test_openvino_reads_bfloat16(tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     model = Small().bfloat16()

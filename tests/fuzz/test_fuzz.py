@@ -37,6 +37,7 @@ NOT_GENERATED: dict[Any, str] = {
 """Keys of the rule tables that no graph contains, with the reason."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", range(max(1, -(-ASKED // SHARD))))
 def test_rewritten_graphs_compute_the_same(shard: int) -> None:
     census = Census()

@@ -29,6 +29,7 @@ REFUSED = (685542644,)
 """Seeds of models with a kind of call that is refused, because it needs another form of a tensor that is stored."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [*ALWAYS, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (*LARGER, *REFUSED))]
 )

@@ -50,6 +50,7 @@ def test_model_checkpoint_and_plan_have_one_history(
         assert [step.tensors for step in found.steps] == [step.tensors for step in history.steps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "backend"), covering(["ptq4dit-w4a8", "rtn-dynamic-w8a8"], ["native", "torchao"], together=1)
 )

@@ -102,6 +102,7 @@ REFUSED_ALWAYS = {
 _SLOW = ("native", "torchao")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.exhaustive) if kind in _SLOW else kind for kind in KINDS]
 )

@@ -103,6 +103,7 @@ class TestKinds:
 
 
 class TestAttribution:
+    @pytest.mark.slow
     def test_every_op_has_a_place(self, native, every):
         for model in (native, every):
             lowered, original = graphs(model)
@@ -262,6 +263,7 @@ class TestProfile:
         fxquant.profile(native, rounds=1, threads=1, against_float=False)
         assert asked == [1, torch.get_num_threads()]
 
+    @pytest.mark.slow
     def test_a_folder_and_another_backend(self, native, tmp_path):
         fxquant.save(native, tmp_path / "transformer")
         found = fxquant.profile(tmp_path, backend="fake-quant", rounds=1)
@@ -325,6 +327,7 @@ class TestRoofline:
         assert (found.int8 is None) == (not hasattr(torch.ops.onednn, "qlinear_pointwise"))
         assert (found.dtype, found.threads) == ("float32", torch.get_num_threads())
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not hasattr(torch.ops.onednn, "qlinear_pointwise"), reason="no oneDNN quantized linear")
     def test_without_avx512_the_integer_product_is_no_loop(self):
         script = """

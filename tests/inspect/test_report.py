@@ -47,6 +47,7 @@ def hand_made() -> Plan:
 
 
 class TestStructure:
+    @pytest.mark.slow
     def test_model_plan_and_checkpoint_agree(self, quantized, tmp_path):
         fxquant.save(quantized, tmp_path / "transformer")
         assert isinstance(fxquant.report(quantized), Report)

@@ -119,6 +119,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models_at_other_sizes(name: str) -> None:
@@ -152,6 +153,7 @@ def test_attention_alone_costs_what_its_grids_cost(bits: int) -> None:
     assert (45 < found < 80) if bits == 8 else (20 < found < 60), found
 
 
+@pytest.mark.slow
 def test_saved_loaded_and_replayed_it_is_the_same(tmp_path: Path) -> None:
     model = tiny.make_dit()
     first = fxquant.compile(model, recipe="ptq4dit-w8a8", layers="all", calibrate=tiny.calibrate(model))
@@ -219,6 +221,7 @@ def tiny_attention() -> nn.Module:
     return Attention()
 
 
+@pytest.mark.slow
 def test_compiles_and_exports_as_one_graph() -> None:
     quantized = quantized_dit(measure=0)
     inputs, expected = tiny.inputs(), tiny.run(quantized)

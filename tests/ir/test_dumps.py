@@ -66,6 +66,7 @@ def test_entries_of_another_form_are_told_as_damage(modules: object, tmp_path: P
         load_dump(tmp_path / "graph.json")
 
 
+@pytest.mark.slow
 def test_every_stage_is_read_back(converted: tuple[object, Graphs], tmp_path: Path) -> None:
     for number, (stage, dump, text) in enumerate(converted[1].seen):
         dump.write(tmp_path / f"{number:02d}")

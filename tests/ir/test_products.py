@@ -126,6 +126,7 @@ BY_TIMESTEP = (Registers, SelfAttention)
 """Those that `make test` quantizes by groups of timesteps, which balances them too."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "block"),
     [

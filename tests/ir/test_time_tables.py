@@ -68,6 +68,7 @@ def test_a_mixed_batch_is_as_each_sample_alone(quantized: GraphModel):
     assert not torch.allclose(together[1:], other[1:], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [10, 50, 250])
 def test_one_graph_serves_every_number_of_steps(quantized: GraphModel, steps: int):
     pipe = make_pipeline(quantized)
@@ -102,6 +103,7 @@ def test_a_timestep_for_the_whole_batch(timestep: Tensor):
     assert found.plan.layers["blocks.0.1"].shift.into == ["blocks.0.0"]
 
 
+@pytest.mark.slow
 def test_it_compiles_exports_and_replays(quantized: GraphModel, tmp_path):
     call = inputs(4, None, seed=5)
     expected = run_call(quantized, call)

@@ -158,6 +158,7 @@ def test_bad_options_missing_weights_and_edited_plans(made: GraphModel, statisti
             Layer.model_validate({**entry, "timesteps": {**good, **bad}})
 
 
+@pytest.mark.slow
 def test_bits_follow_ranges_that_were_chosen_layer_by_layer(statistics: Statistics, made: GraphModel) -> None:
     """Where bins were chosen, they get bits, and ranges for these bits; a range per token stays as it is."""
     text = (RECIPE % WEIGH).replace("bin-ranges{bins=4},", "choose-variants{bins=4 calls=3 probes=4 gain=0.5},")

@@ -38,6 +38,7 @@ def test_every_timestep_counts_alike() -> None:
     assert choose([first, second], gain=1.0) == [STATIC, TOKEN]
 
 
+@pytest.mark.slow
 def test_a_model_is_better_than_with_either_kind_alone() -> None:
     model, statistics = make_dit(), Statistics(keep_calls=6)
     plain = fxquant.compile(model, recipe="rtn-w8a8", calibrate=calibrate(model), statistics=statistics)

@@ -41,6 +41,7 @@ def compiled(model: nn.Module, name: str, statistics: Statistics | None = None, 
         return fxquant.compile(model, recipe=recipe(name), calibrate=calls, statistics=statistics, measure=0, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "owner", "method"),
     [

@@ -57,6 +57,7 @@ def rounded(model: nn.Module) -> GraphModel:
     return compiled(model, recipe())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -108,6 +109,7 @@ def test_what_it_simulates_is_what_the_quantized_graph_computes(
     assert sqnr_db(values[block], simulated) > 70
 
 
+@pytest.mark.slow
 def test_it_is_kept_in_the_checkpoint(rounded: GraphModel, tmp_path: Path) -> None:
     learned = copy.deepcopy(rounded)
     fxquant.save(learned, tmp_path / "saved")
@@ -122,6 +124,7 @@ def test_a_plan_alone_does_not_hold_what_was_learned(model: nn.Module, rounded: 
         fxquant.compile(model, plan=rounded.plan)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_cut_off(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = recipe(iterations=8)
     whole = compiled(model, short)

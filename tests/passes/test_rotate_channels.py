@@ -76,6 +76,7 @@ def test_the_rotation_is_exact(options: str) -> None:
     assert proof.tier == "algebraic" and proof.error < 1e-12
 
 
+@pytest.mark.slow
 def test_output_projections_that_share_one_v_are_rotated_together() -> None:
     model = tiny_sd3()
     trial = try_pass("rotate-channels{least=4 online=off}", model, example_calls(model))
@@ -185,6 +186,7 @@ def test_it_runs_after_calibration() -> None:
         compiled(tiny_dit(), recipe)
 
 
+@pytest.mark.slow
 def test_lifecycle_of_the_composition() -> None:
     model = tiny_dit()
     recipe = (

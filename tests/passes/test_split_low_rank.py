@@ -189,6 +189,7 @@ def test_the_split_of_layers_with_float_inputs_is_exact() -> None:
     assert trial.plan.decisions_of(Branch) == {"first": Branch(4, "model"), "second": Branch(4, "model")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["", pytest.param("{rounding=gptq}", marks=pytest.mark.exhaustive)])
 def test_lifecycle_with_float_inputs(rounding: str) -> None:
     model = tiny_dit()

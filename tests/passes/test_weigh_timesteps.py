@@ -47,6 +47,7 @@ def test_weights_change_the_rounding_and_stay_in_the_plan(precision: str) -> Non
         assert torch.equal(tensor, after[name])
 
 
+@pytest.mark.slow
 def test_what_errors_are_divided_by_matters() -> None:
     statistics = Statistics(keep_calls=len(STEPS))
     made(statistics, None)

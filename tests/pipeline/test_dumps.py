@@ -72,6 +72,7 @@ def test_graphs_are_dumped_after_each_change(tmp_path: Path) -> None:
         assert read.stage == "captured"
 
 
+@pytest.mark.slow
 def test_a_variable_dumps_all_graphs_of_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXQUANT_DUMP", str(tmp_path))
     model = make_dit()

@@ -178,6 +178,7 @@ def test_rotations_before_and_after_balancing(name: str, at: int) -> None:
     assert abs(float(high.max()) - float(rows.max())) < 0.2 * extent
 
 
+@pytest.mark.slow
 def test_it_is_proved_and_lives() -> None:
     model = tiny_dit()
     proof = prove(Rotate(), model, example_calls(model))

@@ -188,6 +188,7 @@ class Watch:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["ptq4dit-w4a8", "htg-w8a8"])
 def test_our_own_recipes_are_proved_at_conversion_and_give_the_same_model(recipe: str) -> None:
     watch, model = Watch(), make_dit()

@@ -71,6 +71,7 @@ SHIFT = "group-timesteps{groups=2},shift-channels,absorb-shifts"
 BALANCE = "balance-channels,absorb-affines"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [f"{SHIFT},{BALANCE}", f"{BALANCE},{SHIFT}"])
 def test_ranges_are_those_of_what_layers_read(order: str) -> None:
     model = tiny.make_dit().double()

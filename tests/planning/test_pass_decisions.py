@@ -294,6 +294,7 @@ def registered() -> Any:
     del PASSES._objects[ScaleNothing.name]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registered")
 def test_a_pass_from_outside_decides_saves_and_replays(tmp_path: Path) -> None:
     chosen = make_recipe("rtn-w8a8")

@@ -55,6 +55,7 @@ def quantized(wan: AutoencoderKLWan) -> Any:
     return fxquant.compile_parts(wan, recipe="rtn-w8a16", calibrate=lambda: clip(wan))
 
 
+@pytest.mark.slow
 def test_features_are_carried_from_chunk_to_chunk(wan: AutoencoderKLWan, quantized: Any) -> None:
     """One graph for each form of the features: none yet, those of one chunk, those of two."""
     assert type(quantized) is AutoencoderKLWan and type(quantized.decoder) is GraphModel
@@ -74,6 +75,7 @@ def test_the_graphs_alone_are_exact(wan: AutoencoderKLWan) -> None:
     assert torch.equal(found, clip(wan, seed=1))
 
 
+@pytest.mark.slow
 def test_it_is_read_back(quantized: Any, tmp_path: Path) -> None:
     quantized.save_pretrained(tmp_path / "vae")
     loaded = AutoencoderKLWan.from_pretrained(tmp_path / "vae")
@@ -121,6 +123,7 @@ def test_an_encoder_at_the_first_call(tmp_path: Path) -> None:
     assert all(layer.weight_bits == 8 for layer in made.encoder.plan.layers.values())
 
 
+@pytest.mark.slow
 def test_weights_that_each_call_computes() -> None:
     """Nothing of such a VAE would be quantized, which is not passed over in silence."""
     torch.manual_seed(0)

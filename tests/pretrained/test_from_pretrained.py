@@ -78,6 +78,7 @@ print(json.dumps({"outputs": [output.tolist() for output in outputs], "told": to
 """
 
 
+@pytest.mark.slow
 def test_a_new_process(quantized: GraphModel, pipelines: Path) -> None:
     """Without fxquant the message names it, and with fxquant diffusers reads what it wrote."""
     done = subprocess.run(
@@ -104,6 +105,7 @@ assert "class DiffusersAutoQuantizer" in inspect.getsource(module)
 """
 
 
+@pytest.mark.slow
 def test_importing_fxquant_first_is_light() -> None:
     subprocess.run([sys.executable, "-c", _LIGHT], check=True)
 

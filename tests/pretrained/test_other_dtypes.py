@@ -65,6 +65,7 @@ def folder(quantized: GraphModel, vae: Any, tmp_path_factory: pytest.TempPathFac
     return place
 
 
+@pytest.mark.slow
 def test_the_bits_are_those_of_a_converted_model(folder: Path, tmp_path: Path) -> None:
     part = folder / "transformer"
     expected = call(fxquant.load(part).to(HALF))
@@ -80,12 +81,14 @@ def test_the_bits_are_those_of_a_converted_model(folder: Path, tmp_path: Path) -
     assert relative(call(back), expected.float()) < 0.05
 
 
+@pytest.mark.slow
 def test_for_another_backend(folder: Path) -> None:
     part = folder / "transformer"
     expected = call(fxquant.load(part, backend="native").to(HALF))
     assert torch.equal(call(fxquant.load(part, backend="native", dtype=HALF)), expected)
 
 
+@pytest.mark.slow
 def test_vaes(folder: Path, vae: Any) -> None:
     expected = copy.deepcopy(vae).to(HALF)
     assert psnr(decoded(expected).float(), decoded(vae)) > 30
@@ -98,6 +101,7 @@ def test_vaes(folder: Path, vae: Any) -> None:
         assert torch.equal(encoded(model), encoded(expected))
 
 
+@pytest.mark.slow
 def test_pipelines(folder: Path) -> None:
     """A dtype may be given per part; the others are read in float32, as by diffusers."""
     dtypes: list[Any] = [HALF, {"transformer": torch.float16, "vae": HALF}, {"transformer": HALF}]
@@ -108,6 +112,7 @@ def test_pipelines(folder: Path) -> None:
         assert (pipe.transformer.dtype, pipe.vae.dtype, pipe.vae.decoder.dtype) == (transformer, vae, vae)
 
 
+@pytest.mark.slow
 def test_text_encoders(tmp_path: Path) -> None:
     """transformers reads the second projection of T5 in float32 for float16, and not for bfloat16."""
     torch.manual_seed(0)
@@ -125,6 +130,7 @@ def test_text_encoders(tmp_path: Path) -> None:
         assert (model.dtype, wo.dtype) == (dtype, kept)
 
 
+@pytest.mark.slow
 def test_layers_that_a_class_keeps_in_float32(tmp_path: Path) -> None:
     """They are read in float32 as those of the float model, whether a model is quantized already or not."""
     model = tiny_wan()

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from torch import Tensor
@@ -44,6 +45,7 @@ def calls(model: Any, number: int = THREADS, rounds: int = 1) -> list[Callable[[
     return [lambda thread=thread: job(thread) for thread in range(number)]  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @traced_anew()  # Copies of one trace would share what a trace must not share between threads.
 def test_threads_in_the_first_call_of_a_model_that_waits_for_it() -> None:
     config = fxquant.FxQuantConfig("dynamic-w4a8", measure=0)
@@ -68,6 +70,7 @@ def test_timesteps_stay_with_the_threads_that_give_them() -> None:
         assert all(map(torch.equal, outputs, wanted))
 
 
+@pytest.mark.slow
 @traced_anew()
 def test_pipelines_of_threads_share_a_model_while_others_are_loaded(tmp_path: Path) -> None:
     pipe: Any = make_pipeline()
@@ -91,6 +94,7 @@ def test_pipelines_of_threads_share_a_model_while_others_are_loaded(tmp_path: Pa
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)  # Not bit for bit while another thread traces.
 
 
+@pytest.mark.slow
 def test_caches_of_threads_are_apart() -> None:
     model = make_dit(layers=3)
     made = fxquant.compile(model, recipe="dynamic-w8a8", calibrate=calibrate(model), measure=0)

@@ -19,6 +19,7 @@ ENTRIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_blocks_are_learned_one_after_the_other(entry: Entry) -> None:

@@ -58,6 +58,7 @@ def test_residuals_are_those_of_the_step(config: Any) -> None:
     assert made.cache_counts["skipped"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=["first block", "magnitude"])
 def test_flux(config: Any) -> None:
     """A step that differs from the one before only in its residuals follows them, up to what they do in blocks."""

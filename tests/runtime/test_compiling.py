@@ -54,6 +54,7 @@ def call(model: nn.Module, batch: int = 4, size: int = 8) -> Tensor:
 # --- one compilation ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "backend", "options"),
     [
@@ -79,6 +80,7 @@ def test_all_blocks_and_batch_sizes_take_one_compilation(recipe: str, backend: s
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_dynamic_sizes_take_one_compilation(plain: GraphModel) -> None:
     made = copy.copy(plain)
     counter = compiled(made, dynamic=True)  # With the rest of the compiler: test_inductor.

@@ -62,6 +62,7 @@ def in_pieces(model: GraphModel) -> CompileCounterWithBackend:
     return counter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_each_distinct_block_is_compiled_once_for_all_sizes(name: str) -> None:
     """The tokens of the image and of the prompt are cut and joined within the blocks."""
@@ -74,6 +75,7 @@ def test_each_distinct_block_is_compiled_once_for_all_sizes(name: str) -> None:
     assert counter.frame_count == BLOCKS[name][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_loras_are_set_scaled_and_swapped(name: str) -> None:
     entry, model, made = quantized(name)
@@ -100,6 +102,7 @@ def test_loras_are_set_scaled_and_swapped(name: str) -> None:
     assert not torch.allclose(swapped, loaded) and not torch.allclose(loaded, plain)
 
 
+@pytest.mark.slow
 def test_two_blocks_that_share_an_op() -> None:
     """The first of two computes what both read, such as a quantized prompt, and is like the second all the same."""
     entry, _, made = quantized("PixArt2D-Sigma", {"num_layers": 2})

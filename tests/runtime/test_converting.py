@@ -30,6 +30,7 @@ def quantized(request: pytest.FixtureRequest) -> GraphModel:
     return fxquant.compile(model, recipe="ptq4dit-w4a8", backend=request.param, calibrate=calibrate(model), measure=0)
 
 
+@pytest.mark.slow
 def test_it_computes_in_the_dtype(quantized: GraphModel, tmp_path: Path) -> None:
     expected, model = run(quantized), copy.deepcopy(quantized)
     before = model.stored_tensors()

@@ -98,6 +98,7 @@ def stronger_guidance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Te
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [halve_latents, other_prompt, stronger_guidance], ids=lambda change: change.__name__)
 def test_what_a_callback_changes_reaches_the_model(sd3: Pair, change: Any) -> None:
     names = ["latents", "prompt_embeds"]

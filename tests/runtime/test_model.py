@@ -39,6 +39,7 @@ class Holder(nn.Module):
 # --- state dicts ---
 
 
+@pytest.mark.slow
 def test_keys_are_the_names_in_the_model_whatever_was_captured(quantized: GraphModel) -> None:
     model = copy.deepcopy(quantized)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -53,6 +53,7 @@ def quick() -> dict[str, str | None]:
     return outcomes([name for name in CHECKS if name not in SLOW])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CHECKS if name not in SLOW])
 def test_on_a_second_device(name: str, quick: dict[str, str | None]) -> None:
     assert quick[name] is None, quick[name]
@@ -68,6 +69,7 @@ def test_slowly_on_a_second_device(name: str) -> None:
 # --- offloading on one device ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_is_offloaded(backend: str) -> None:
     model = make_dit()

@@ -19,6 +19,7 @@ BACKENDS = {"fake-quant": "fake-quant", "native": "native", "onednn": Native(ker
 SAMPLE = {("fake-quant", "all"), ("native", "all"), ("onednn", "default")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "layers"),
     [

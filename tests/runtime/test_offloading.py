@@ -75,6 +75,7 @@ def test_an_offloaded_model_that_is_not_compiled_does_not_warn(quantized: GraphM
 # --- offloaded before it is quantized ---
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_is_offloaded_already() -> None:
     """Pipelines attach their hooks again after each call, in calibration too."""
     pipe = make_pipeline()

@@ -126,6 +126,7 @@ _TAYLOR = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", _TAYLOR, ids=["second order", "bfloat16", "lite"])
 def test_extrapolates_as_diffusers_does(config: TaylorSeerCacheConfig) -> None:
     assert not _compared("Flux2D", config, apply_taylorseer_cache)[0]
@@ -161,6 +162,7 @@ def _compared(name: str, config: Any, apply: Any) -> list[bool]:
     return skipped
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_the_cache_of_diffusers() -> None:
     """With a prompt and without one: two contexts. The pipeline resets them, so a second image is like the first.
 
@@ -196,6 +198,7 @@ def test_a_pipeline_with_the_cache_of_diffusers() -> None:
     assert torch.equal(image(made), plain)
 
 
+@pytest.mark.slow
 def test_two_experts() -> None:
     """Each has its own cache, and each ends within one generation."""
     given = {name: expert(seed, layers=3) for name, seed in (("transformer", 1), ("transformer_2", 2))}
@@ -371,6 +374,7 @@ def test_a_model_without_a_prompt() -> None:
     assert steps((900,)) + steps(STEPS) == 5  # A generation that ended after one step.
 
 
+@pytest.mark.slow
 def test_other_sizes_and_batches_have_their_own_state(traced: GraphModel) -> None:
     small = sample(traced, size=4, batch=2)
     traced.enable_cache(ALWAYS)
@@ -469,6 +473,7 @@ def cached(model: GraphModel, config: Any) -> Iterator[None]:
         model.disable_cache()
 
 
+@pytest.mark.slow
 def test_every_backend(quantized: GraphModel) -> None:
     """Kernels that compute over the end of a block still end there; tables of timesteps are read in each step."""
     plain = sample(quantized)
@@ -568,6 +573,7 @@ def test_loras_before_and_after() -> None:
 # --- copies ---
 
 
+@pytest.mark.slow
 def test_copies_have_the_cache_and_not_what_it_holds(dit: nn.Module, tmp_path: Path) -> None:
     made = fxquant.compile(dit, recipe="rtn-w8a8", calibrate=calibrate(dit), measure=0)
     plain = sample(made)

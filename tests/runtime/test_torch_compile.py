@@ -73,6 +73,7 @@ def test_it_compiles_once_for_all_batch_sizes(quantized: GraphModel, order: tupl
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("entry", "backend"),

@@ -448,6 +448,7 @@ def test_values_that_no_plan_has(folder: Path, change: Callable[[Any], object], 
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -37,6 +37,7 @@ def made(backend: str) -> GraphModel:
     return fxquant.compile(model, recipe="ptq4dit-w4a8", backend=backend, calibrate=calibrate(model), measure=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "through"),
     [

@@ -10,6 +10,7 @@ import pytest
 from tests.storms.chaos import RECIPES, chaos
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # About forks with threads; torch has one thread here.
 def test_killed_commands_end_as_others_do(tmp_path: Path) -> None:
     random.seed(0)

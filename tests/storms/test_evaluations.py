@@ -10,6 +10,7 @@ import pytest
 from tests.storms.evaluations import storm
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # About forks with threads; torch has one thread here.
 def test_killed_evaluations_end_with_the_same_images_and_figures(tmp_path: Path) -> None:
     random.seed(0)

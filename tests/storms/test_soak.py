@@ -10,6 +10,7 @@ from tests.storms.soak import Soak
 from tests.traces import traced_anew
 
 
+@pytest.mark.slow
 @traced_anew()  # Traces that tests share keep models alive.
 @pytest.mark.filterwarnings("ignore")
 def test_results_stay_and_nothing_grows(tmp_path: Path) -> None:

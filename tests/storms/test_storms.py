@@ -11,6 +11,7 @@ from fxquant.storage import checkpoint
 from tests.storms.__main__ import storm
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # About forks with threads; forked processes run nothing of torch but copies.
 def test_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Each model is traced again once, not at every save: most of a save is then the writing, and is killed there.

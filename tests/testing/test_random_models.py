@@ -46,6 +46,7 @@ def test_the_strategy() -> None:
     assert len(seeds) > 5
 
 
+@pytest.mark.slow
 def test_a_pass_is_proved_on_one() -> None:
     found = random_graph(1)
     assert prove("balance-channels", found.model, found.calls).error < 1e-12

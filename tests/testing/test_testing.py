@@ -135,6 +135,7 @@ class TestProve:
         with pytest.raises(ProofError, match="changed neither the graph nor the plan of DiTTransformer2DModel"):
             prove(Kit("nowhere"), model, example_calls(model))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", [some(name, name in ("dit", "flux")) for name in TINY])
     def test_balancing_on_every_layout(self, name: str) -> None:
         model = TINY[name]()
@@ -209,6 +210,7 @@ class TestGolden:
 
 
 class TestLifecycle:
+    @pytest.mark.slow
     def test_a_recipe_and_a_pass(self) -> None:
         model = tiny_dit()
         found = check_lifecycle(

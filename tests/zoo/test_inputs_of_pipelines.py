@@ -80,6 +80,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.exhaustive] * (kind != "SD3 with a ControlNet")) for kind in KINDS]
 )
@@ -99,6 +100,7 @@ def test_a_second_kind_of_call(kind: str) -> None:
     assert [len(ours.graphs), len(traced.graphs)] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_controlnet_may_give_residuals_of_every_step() -> None:
     """Calls of both kinds in one calibration: their layers share statistics, and further batches share the graphs."""
     model = made(FLUX)
@@ -121,6 +123,7 @@ def test_a_controlnet_changes_what_the_quantized_model_computes() -> None:
     assert error(run(ours, weaker), run(model, weaker)) < 0.03
 
 
+@pytest.mark.slow
 def test_flux_without_guidance() -> None:
     model = made(FLUX, guidance_embeds=False)
     call = {**FLUX.call(), "guidance": None}
@@ -149,6 +152,7 @@ def image_prompt(model: Any) -> dict[str, Any]:
     return {"image_proj": projection, "ip_adapter": layers}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fxquant.errors.PortabilityWarning")
 def test_an_ip_adapter_that_was_loaded_before() -> None:
     model: Any = made(FLUX)
@@ -170,6 +174,7 @@ def test_an_ip_adapter_that_was_loaded_before() -> None:
     assert any("to_k_ip" in name for name in ours.plan.layers)
 
 
+@pytest.mark.slow
 def test_checkpointing_of_gradients_changes_nothing() -> None:
     model: Any = made(SD3)
     model.enable_gradient_checkpointing()

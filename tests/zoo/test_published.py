@@ -33,6 +33,7 @@ def sample(model: Callable[..., Tensor], channels: int, size: int = 8, images: i
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["rtn-w8a8", pytest.param("ptq4dit-w4a8", marks=pytest.mark.exhaustive)])
 def test_a_dit_with_guidance_in_a_method(recipe: str, tmp_path: Path) -> None:
     model = made("PublishedDiT")

@@ -94,6 +94,7 @@ def test_a_new_process_gives_the_same_bits(entries: list[Entry], tmp_path: Path)
 OTHER_SIZES = {"MiniMaxMusic31D"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("recipe", ["ptq4dit-w8a8", pytest.param("dynamic-w8a8", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(

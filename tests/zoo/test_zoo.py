@@ -46,6 +46,7 @@ def params(sample: Collection[str]) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", params(SAMPLE))
 def test_absorption_is_exact_and_covers_what_the_page_says(entry: Entry) -> None:
     found = audit(entry)
@@ -56,6 +57,7 @@ def test_absorption_is_exact_and_covers_what_the_page_says(entry: Entry) -> None
         assert f"- {entry.name}{entry.variant}: {line}\n" in page
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("entry", params({"DiT2D", "SD32D", "PixArt2D-Sigma"}))
 def test_rotations_and_branches_are_exact(entry: Entry) -> None:
@@ -84,6 +86,7 @@ def quantize(entry: Entry, model: nn.Module, recipe: str) -> fxquant.GraphModel:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("entry", params(QUANTIZED_SAMPLE))
 def test_quantizes_and_runs_at_other_sizes(entry: Entry) -> None:
@@ -145,6 +148,7 @@ def test_every_transformer_of_diffusers_is_in_the_zoo_or_has_a_reason() -> None:
     assert set(REFUSED) <= models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

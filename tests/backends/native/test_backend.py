@@ -161,6 +161,7 @@ def test_all_layers_convolution_and_attention_too(kind: str) -> None:
     assert {row.kernel for row in report.attentions} == {attention}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "kind"), sampled([(1, 4, 2), (3, 12, 6), (2, 22, 10)]))
 def test_odd_shapes(shape: tuple[int, int, int], kind: str) -> None:
     """One token; widths that are no multiple of any block."""
@@ -177,6 +178,7 @@ def odd(shape: tuple[int, int, int], kind: str) -> GraphModel:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "kind"), sampled([torch.bfloat16, torch.float16, torch.float64]))
 def test_other_dtypes(dtype: torch.dtype, kind: str) -> None:
     size = size_of(kind)
@@ -211,6 +213,7 @@ def zoo() -> list[Any]:
     return [*sample, *rest]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("entry", "kind"), zoo())
 def test_models_of_the_zoo(kind: str, entry: Entry) -> None:
@@ -235,6 +238,7 @@ def test_models_of_the_zoo(kind: str, entry: Entry) -> None:
 SAVED = ["rtn-w8a8", "dynamic-w8a8", "htg-w8a8", "ptq4dit-w4a8", "rtn-wnf4a16-g8", "rtn-wnvfp4a16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "kind"), sampled(SAVED))
 def test_a_checkpoint_is_the_oracles(recipe: str, kind: str, tmp_path: Path) -> None:
     ours, oracle, backend = shared(recipe, kind), oracle_of(kind, recipe), runner(kind)
@@ -254,6 +258,7 @@ def test_a_checkpoint_is_the_oracles(recipe: str, kind: str, tmp_path: Path) -> 
     assert torch.equal(sample(switched, call), expected)
 
 
+@pytest.mark.slow
 @each_kind
 def test_a_call_of_another_size_shares_the_kernels_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = copy.deepcopy(shared("rtn-w8a8", kind, "all"))

@@ -98,6 +98,7 @@ def told() -> dict[str, str]:
     return dict(zip(ISAS, parts, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_right_without_vnni_and_says_what_is_lost(isa: str, told: dict[str, str]) -> None:
     exact, said, kernel, db = told[isa].splitlines()[-4:]
@@ -135,6 +136,7 @@ def test_this_machine_sums_exactly_if_it_has_the_instructions() -> None:
         assert sums_exactly()
 
 
+@pytest.mark.slow
 def test_without_a_compiler_another_path_runs_and_says_so(tmp_path: Path) -> None:
     # In a process of its own: torch reads CXX when it is imported.
     said = run_script(ONE, CXX=str(tmp_path / "none"), FXQUANT_CACHE=str(tmp_path))

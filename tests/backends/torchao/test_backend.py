@@ -77,6 +77,7 @@ def sample(model: nn.Module, call: dict[str, Tensor]) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_are_the_oracle(recipe: str) -> None:
     mine, oracle = shared(recipe), shared(recipe, "fake-quant")
@@ -105,6 +106,7 @@ def test_all_linears_and_the_convolution() -> None:
     assert kernels["conv"].startswith("onednn qconv u8 x s8 where compiled and frozen")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "entry",
@@ -133,6 +135,7 @@ def test_models_of_the_zoo(entry: Entry) -> None:
 # --- how models live ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["rtn-w8a8", "binned", "ptq4dit-w4a8"])
 def test_a_checkpoint_is_the_oracles(recipe: str, tmp_path: Path) -> None:
     mine = shared(recipe)
@@ -154,6 +157,7 @@ def test_a_checkpoint_is_the_oracles(recipe: str, tmp_path: Path) -> None:
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_bits_in_groups(tmp_path: Path) -> None:
     mine, oracle = (compiled("rtn-w4a16-g32", backend, torch.bfloat16, **WIDE) for backend in ("torchao", "fake-quant"))
     fxquant.save(mine, tmp_path / "mine")
@@ -291,6 +295,7 @@ def test_an_old_torchao(monkeypatch: pytest.MonkeyPatch, without_memory: None) -
     assert parts.missing() is None
 
 
+@pytest.mark.slow
 def test_importing_fxquant_imports_no_torchao() -> None:
     code = (
         "import sys; sys.modules['torchao'] = None\n"  # Importing it raises ImportError.

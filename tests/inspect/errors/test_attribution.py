@@ -50,6 +50,7 @@ def found(one_bad: Made) -> Attribution:
     return fxquant.attribute(*one_bad, probes=64, **EXACT)
 
 
+@pytest.mark.slow
 def test_the_worst_layer_is_named(found: Attribution) -> None:
     worst = found.worst(1)[0]
     assert worst.name == BAD
@@ -133,6 +134,7 @@ def test_measured_contributions_are_those_of_a_model_with_one_quantized_layer(
         assert found.of(BAD).measured[found.timesteps.index(step)] == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:.*autograd kernel:UserWarning")
 @pytest.mark.parametrize("recipe", ["svdquant-w4a8", "svdquant-rotated-w4a8"])
 def test_estimates_reach_through_branches_and_rotations(recipe: str) -> None:
@@ -148,6 +150,7 @@ def test_estimates_reach_through_branches_and_rotations(recipe: str) -> None:
     assert min(ratios) > 0.4 and max(ratios) < 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "layers"),
     [("ptq4dit-w4a8", "all"), ("dynamic-w8a8", "default"), ("htg-w6a8", "default"), ("rtn-w4a16-g4", "blocks")],
@@ -174,6 +177,7 @@ def test_every_kind_of_layer(recipe: str, layers: str) -> None:
         assert (layer.inputs[0] is None) == stays_float
 
 
+@pytest.mark.slow
 def test_two_kinds_of_call() -> None:
     """The errors of both kinds are summed."""
     model, statistics = make_dit(), Statistics(keep_calls=4)
@@ -208,6 +212,7 @@ def test_a_function_runs_the_model(one_bad: Made, found: Attribution) -> None:
         fxquant.attribute(quantized, model, lambda: None)
 
 
+@pytest.mark.slow
 def test_another_backend_and_a_loaded_model(one_bad: Made, found: Attribution, tmp_path: Path) -> None:
     quantized, model, statistics = one_bad
     fxquant.save(quantized, tmp_path / "model")
@@ -266,6 +271,7 @@ class TestBudget:
         job = measuring._Job(fxquant.Plan("", "", None), Statistics().calls, steps, 1, 1, None, 0, 0.0, None)
         assert job.left() == [8.0, 4.0, 6.0, 2.0, 7.0, 3.0, 5.0, 1.0]
 
+    @pytest.mark.slow
     def test_an_interrupted_run_continues(self, one_bad: Made, tmp_path: Path) -> None:
         shown: list[tuple[str, int, int]] = []
 

@@ -37,6 +37,7 @@ def unpacked(graph, step, what):
 
 
 class TestGraph:
+    @pytest.mark.slow
     def test_holds_every_node_of_every_step(self, made):
         history = rewrite_history(made[0])
         graph = graph_data(history)
@@ -126,6 +127,7 @@ class TestErrors:
 
 
 class TestFile:
+    @pytest.mark.slow
     def test_two_folders_of_one_name_are_told_apart(self, made, tmp_path):
         for part in ("a", "b"):
             fxquant.save(made[0], tmp_path / part / "transformer")
@@ -134,6 +136,7 @@ class TestFile:
         assert [model["name"] for model in data["models"]] == ["transformer (A)", "transformer (B)"]
         assert data["models"][0]["salience"].keys() == {"missing"}
 
+    @pytest.mark.slow
     def test_model_and_checkpoint_give_the_same_page(self, made, tmp_path):
         quantized, statistics = made
         fxquant.save(quantized, tmp_path / "model")

@@ -116,6 +116,7 @@ def made(request: pytest.FixtureRequest, backend: str) -> Made:
 # --- what it does ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_are_the_models(made: Made) -> None:
     quantized, folder = made
@@ -184,6 +185,7 @@ def test_a_pipeline_takes_it(pipeline: Made) -> None:
     assert [image.tobytes() for image in images[0]] == [image.tobytes() for image in images[1]]
 
 
+@pytest.mark.slow
 def test_it_loads_in_a_new_process_without_tracing(pipeline: Made, tmp_path: Path) -> None:
     quantized, folder = pipeline
     code = f"""

@@ -222,6 +222,7 @@ def count_ops(model: GraphModel) -> tuple[int, int]:
     return found.count("fxquant_native.float_weight_linear.default"), found.count("fxquant.dequantize_weight.default")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     ["rtn-wnf4a16", "rtn-wnf4a16-g16", "rtn-wmxfp4a16", "rtn-wnvfp4a16"]

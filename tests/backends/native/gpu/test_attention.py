@@ -366,6 +366,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(machine.missing_triton() is not None, reason="there is no Triton")
 @pytest.mark.parametrize("cases", [pytest.param(CASES, marks=pytest.mark.exhaustive, id="all"), CASES[::4]])
 def test_compiles_for_hopper_into_tensor_core_instructions_without_spills(cases: list[Any], tmp_path: Path) -> None:

@@ -321,6 +321,7 @@ def compiled(recipe: str, backend: Any) -> fxquant.GraphModel:
     return fxquant.compile(model, recipe=recipe, backend=backend, calibrate=calibrate(model, size=4), measure=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.usefixtures("newest")
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="models are on the CPU, where there is no interpreter")

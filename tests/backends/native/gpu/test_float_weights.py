@@ -143,6 +143,7 @@ def test_what_does_not_fit_is_refused() -> None:
         call(x.double(), held, scale, whole, None, "nvfp4", 16, 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["rtn-wmxfp4a16", "rtn-wnf4a16-g16", "rtn-wfp8a16"])
 def test_a_model_is_that_of_the_reference(recipe: str) -> None:
     model = make_dit(sample_size=4, num_attention_heads=2, attention_head_dim=16)

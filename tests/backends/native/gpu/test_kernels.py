@@ -129,6 +129,7 @@ def test_saturating_codes_are_exact(inner: int, code: int, held: int, zero_point
     assert torch.equal(linear(codes, *grid, weight), expected(codes, *grid, weight).float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halves", [False, True])
 def test_every_way_to_cut_a_product(halves: bool) -> None:
     torch.manual_seed(0)

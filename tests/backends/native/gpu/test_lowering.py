@@ -285,6 +285,7 @@ def compiled(recipe: str, backend: object) -> fxquant.GraphModel:
     return fxquant.compile(model, recipe=recipe, backend=backend, calibrate=calibrate(model, size=4), measure=0)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "recipe", [pytest.param("htg-wfp8afp8", marks=pytest.mark.exhaustive), "rtn-wfp8afp8", "rtn-dynamic-wfp8afp8"]
