@@ -33,6 +33,7 @@ from fxquant.disk.locks import Lock
 from fxquant.disk.refusals import writing
 from fxquant.disk.whole_file import whole_file
 from fxquant.errors import FolderInUseError, FxquantError, ResumeWarning, WriteError
+from fxquant.memory.bound import relax
 from fxquant.text import printable
 
 _KEY = "fxquant-finished-work"
@@ -268,6 +269,7 @@ def digest_of_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
     found = hashlib.sha256(text.encode())
     for name, tensor in tensors.items():
         found.update(f"{name}{digest_of_tensor(tensor)}".encode())
+        relax()
     return found.hexdigest()
 
 

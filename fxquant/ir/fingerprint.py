@@ -22,6 +22,7 @@ from fxquant.errors import PassError
 from fxquant.ir.meta import LAYER
 from fxquant.ir.places import label
 from fxquant.ir.tensors import get_tensor, holder_of, weights_and_buffers
+from fxquant.memory.bound import relax
 
 _Call = tuple[Any, Any, Any]  # Target, arguments and keyword arguments of a node.
 _SAMPLED = 64  # Elements of each tensor that are compared, because writes through ``.data`` count no version.
@@ -202,7 +203,9 @@ class Fingerprint:
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             return _State(gradients=gradients)
         place = tensor.data_ptr() if _is_plain(tensor) else None
-        return _State((_version(tensor), place, _values(tensor, self._thorough)), gradients)
+        found = _State((_version(tensor), place, _values(tensor, self._thorough)), gradients)
+        relax()
+        return found
 
     # --- restoration ---
 

@@ -174,6 +174,17 @@ def kept(tensor: Tensor) -> Tensor:
     return tensor if bound is None else bound.keep(tensor)
 
 
+def relax() -> None:
+    """Give memory back if it is bounded and nearly used up.
+
+    Loops that only read all weights call it after each one. The system maps pages of files that it has in memory faster
+    than the thread that watches is scheduled.
+    """
+    bound = current()
+    if bound is not None:
+        bound.relax()
+
+
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """A tensor of zeros, in a file while memory is bounded and if it is large."""
     bound = current()

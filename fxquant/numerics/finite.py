@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from fxquant.errors import NonFiniteError
+from fxquant.memory.bound import relax
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
@@ -25,6 +26,7 @@ def require_finite(tensor: Tensor, what: str) -> None:
         return
     # Any NaN or infinity shows in the extremes. Unlike isfinite(), they need no mask as large as the tensor.
     low, high = torch.aminmax(tensor.detach())
+    relax()
     if math.isfinite(low.item()) and math.isfinite(high.item()):
         return
     nans = int(tensor.isnan().sum().item())

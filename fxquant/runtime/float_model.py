@@ -17,6 +17,7 @@ from fxquant.capture.whole import own_class, whole_of
 from fxquant.disk.finished_work import digest_of_tensors
 from fxquant.errors import AlreadyCompiledError, ConfigurationError, NonFiniteError
 from fxquant.ir.tensors import weights_of
+from fxquant.memory.bound import relax
 from fxquant.numerics.finite import require_finite
 from fxquant.runtime.drop_in import DropIn
 
@@ -51,6 +52,7 @@ def weights_digest(model: nn.Module) -> str:
         flat = tensor.detach().flatten()
         some = flat[:: max(1, flat.numel() // _DIGESTED)].cpu().contiguous()
         found.update(some.view(torch.uint8).numpy().tobytes())
+        relax()
     return found.hexdigest()
 
 

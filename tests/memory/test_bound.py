@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import fx, nn
 
 from fxquant.errors import ConfigurationError, MemoryLimitError
+from fxquant.ir.fingerprint import Fingerprint
 from fxquant.memory import bound as module
 from fxquant.memory.bound import current, kept, limit_memory, read_size, resident, zeros
 from fxquant.memory.mappings import FileWeights
+from fxquant.runtime.float_model import check_weights, weights_digest, whole_digest
 from tests.memory.tight import tight
 
 _MIB = 1 << 20
@@ -153,3 +157,28 @@ def test_other_systems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sys.platform == "darwin"
     with pytest.raises(ConfigurationError, match="max_memory needs Linux"), limit_memory("64GB", tmp_path):
         pass
+
+
+def _thorough(model: nn.Module) -> None:
+    graph = fx.Graph()
+    graph.output([graph.get_attr(name) for name, _ in model.named_parameters()])
+    Fingerprint(fx.GraphModule(model, graph), thorough=True)
+
+
+@pytest.mark.parametrize("read", [check_weights, weights_digest, whole_digest, _thorough])
+def test_loops_that_read_all_weights_wait_for_memory(
+    read: Callable[[nn.Module], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.Bound, "_watch", lambda self: None)  # As if it were never scheduled.
+    model = nn.Module()
+    save_file(
+        {str(number): torch.zeros(4096, 1024) for number in range(24)}, tmp_path / "w.safetensors"
+    )  # 16 MiB each.
+    for name, weight in load_file(tmp_path / "w.safetensors").items():
+        model.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+    with limit_memory(resident() + 150 * _MIB, tmp_path) as found:
+        assert found is not None
+        found.place_weights(model)
+        read(model)
+        found.relax()
+        assert found.peak <= found.limit + 32 * _MIB
