@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,9 @@ from typing import Any
 import torch
 from diffusers import FirstBlockCacheConfig
 from torch import Tensor, fx, nn
+from torch._dynamo.guards import CheckFunctionManager
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxquant
 from fxquant.capture.graph import CapturedGraph
@@ -223,6 +226,7 @@ class Soak:
         if not _close(output, wanted):
             self.result.wrong.append(f"{key} compiled: another result")
         torch._dynamo.reset()
+        _forget_compilations()
 
     # --- what is checked ---
 
@@ -297,6 +301,21 @@ class Soak:
 
 def _close(left: Tensor, right: Tensor) -> bool:
     return bool((left - right).abs().max() <= CLOSE * right.abs().max())
+
+
+def _forget_compilations() -> None:
+    """Free what torch keeps of compilations of any model after a reset, so that what fxquant would keep shows.
+
+    Guards stay until what they read is freed, and they read ``torch.ops``. Sizes of inputs are in a cycle through C++,
+    and with them the cache of fake tensors.
+    """
+    for finalizer, held in list(weakref.finalize._registry.items()):  # type: ignore[attr-defined]
+        if isinstance(getattr(getattr(held.func, "func", None), "__self__", None), CheckFunctionManager):
+            finalizer.detach()
+    for one in gc.get_objects():
+        if type(one) is ShapeEnv:
+            one.tracked_fakes = []
+            one.fake_tensor_cache.clear()
 
 
 def _resident() -> float:
