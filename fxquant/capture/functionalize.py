@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from fxquant.capture.borders import unmark
 from fxquant.errors import CaptureError
 from fxquant.ir.arguments import source_of
+from fxquant.ir.proofs import prove_trace
 
 aten = torch.ops.aten
 
@@ -59,8 +60,10 @@ def without_writes(program: torch.export.ExportedProgram, model: str) -> fx.Grap
         CaptureError: If the model writes in a way that cannot be traced, or into its inputs or buffers.
     """
     exported = program.module(check_guards=False)
-    if any(map(writes, program.graph.nodes)):
-        assert isinstance(exported, fx.GraphModule)
+    assert isinstance(exported, fx.GraphModule)
+    if not any(map(writes, program.graph.nodes)):
+        prove_trace(exported.graph)
+    else:
         refuse_shared_lists(exported.graph)
         regions = any(isinstance(node.target, HigherOrderOperator) for node in program.graph.nodes)
         if regions or not functionalize(exported.graph, _fake_mode(program.graph)):

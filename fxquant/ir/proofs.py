@@ -32,6 +32,16 @@ def prove(node: fx.Node) -> None:
     node.meta[_PROVEN] = _Proof(node)
 
 
+def prove_trace(graph: fx.Graph) -> None:
+    """Record it for all ops of a graph that was just traced: the trace ran each one on the recorded values.
+
+    That holds if no op writes into a value. What later changes a node undoes its proof.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function" and all("val" in each.meta for each in (node, *node.all_input_nodes)):
+            prove(node)
+
+
 def is_proven(node: fx.Node) -> bool:
     """Whether op, inputs and value of ``node`` are those of its latest proof."""
     return _Proof(node).same_as(node.meta.get(_PROVEN))

@@ -13,9 +13,18 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.errors import VerificationError
 from fxquant.ir.doubles import in_float64
-from fxquant.ir.proofs import is_proven
+from fxquant.ir.proofs import _PROVEN, is_proven
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
+from fxquant.testing.models import (
+    example_call,
+    tiny_dit,
+    tiny_flux,
+    tiny_lumina2,
+    tiny_pixart,
+    tiny_sd3,
+    tiny_wan,
+)
 from tests.conversions import checked_anew
 
 
@@ -74,10 +83,51 @@ def counted(module: fx.GraphModule) -> int:
     return ran
 
 
+def forget_proofs(module: fx.GraphModule) -> fx.GraphModule:
+    for node in module.graph.nodes:
+        node.meta.pop(_PROVEN, None)
+    return module
+
+
 def test_second_verification_runs_nothing(module):
-    assert counted(captured().module) > 0
+    assert counted(forget_proofs(captured().module)) > 0
     assert counted(module) == 0
     assert counted(fx.GraphModule(module, copy.deepcopy(module.graph))) == 0
+
+
+def test_a_trace_proves_what_it_ran():
+    assert counted(captured().module) == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "writes"),
+    [
+        (tiny_dit, False),
+        (tiny_pixart, False),
+        (tiny_sd3, False),
+        (tiny_flux, False),
+        (tiny_wan, True),
+        (tiny_lumina2, True),
+    ],
+)
+def test_what_a_trace_proves_is_true(make, writes):
+    model = make()
+    architecture = Architecture.of(model, "timestep")
+    module = architecture.capture(architecture.canonical((), example_call(model))).module
+    assert {is_proven(node) for node in nodes(module, "aten.linear")} == {not writes}
+    assert counted(forget_proofs(module)) > 0
+
+
+class Writes(Model):
+    def forward(self, x, timestep):
+        return self.linear(x).mul_(2).unsqueeze(0)
+
+
+def test_a_trace_proves_nothing_if_its_code_writes():
+    architecture = Architecture.of(Writes().eval(), "timestep")
+    module = architecture.capture(architecture.canonical((torch.randn(2, 4, 8), torch.zeros(2)), {})).module
+    assert not any(map(is_proven, module.graph.nodes))
+    check(module)
 
 
 def wrong_shape(module: fx.GraphModule) -> None:
