@@ -7,7 +7,7 @@
 
 #ifdef __AVX512BF16__
 
-namespace fxquant {
+namespace fxquant::bf16_attention_kernels {
 namespace {
 
 template <class T, class Out>
@@ -139,6 +139,6 @@ TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) {
   library.impl("bf16_attention_values", &Op<&attention>::both);
 }
 
-}  // namespace fxquant
+}  // namespace fxquant::bf16_attention_kernels
 
 #endif

@@ -16,7 +16,7 @@
 #include "memory.h"
 #include "parallel.h"
 
-namespace fxquant {
+namespace fxquant::float_weights_kernels {
 namespace {
 
 constexpr int64_t kPanel = kFactorPanel;
@@ -249,4 +249,4 @@ at::Tensor float_weight_linear(const at::Tensor& x, const at::Tensor& weight, co
 
 TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) { library.impl("float_weight_linear", &float_weight_linear); }
 
-}  // namespace fxquant
+}  // namespace fxquant::float_weights_kernels

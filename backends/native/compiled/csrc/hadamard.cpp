@@ -14,7 +14,7 @@
 #include "memory.h"
 #include "simd.h"
 
-namespace fxquant {
+namespace fxquant::hadamard_kernels {
 namespace {
 
 // The sums and differences of lanes that are `kStep` apart: a, b become a + b, a - b.
@@ -157,4 +157,4 @@ TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) {
   library.impl("hadamard_quantize", &hadamard_quantize);
 }
 
-}  // namespace fxquant
+}  // namespace fxquant::hadamard_kernels

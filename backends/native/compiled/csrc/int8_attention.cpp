@@ -6,7 +6,7 @@
 
 #include "attention.h"
 
-namespace fxquant {
+namespace fxquant::int8_attention_kernels {
 namespace {
 
 constexpr int32_t kMiddle = 128;  // Subtracted from the codes of the right factor, so that they fit int8.
@@ -209,4 +209,4 @@ at::Tensor int8_attention(const at::Tensor& q, const at::Tensor& q_scale, const 
 
 TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) { library.impl("int8_attention", &int8_attention); }
 
-}  // namespace fxquant
+}  // namespace fxquant::int8_attention_kernels

@@ -21,7 +21,7 @@
 #include "results.h"
 #include "simd.h"
 
-namespace fxquant {
+namespace fxquant::linear_kernels {
 namespace {
 
 enum class Activation { kNone, kGeluTanh, kSilu };
@@ -379,4 +379,4 @@ TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) {
   library.impl("vnni_linear_values", &Op<&linear>::both);
 }
 
-}  // namespace fxquant
+}  // namespace fxquant::linear_kernels

@@ -11,7 +11,7 @@
 #include "memory.h"
 #include "simd.h"
 
-namespace fxquant {
+namespace fxquant::norm_kernels {
 namespace {
 
 struct Statistics {
@@ -214,4 +214,4 @@ TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) {
   library.impl("down", &down);
 }
 
-}  // namespace fxquant
+}  // namespace fxquant::norm_kernels

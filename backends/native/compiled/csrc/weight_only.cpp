@@ -14,7 +14,7 @@
 #include "memory.h"
 #include "simd.h"
 
-namespace fxquant {
+namespace fxquant::weight_only_kernels {
 namespace {
 
 constexpr int64_t kPanel = 32;
@@ -179,4 +179,4 @@ at::Tensor weight_only_linear(const at::Tensor& x, const at::Tensor& weight, con
 
 TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) { library.impl("weight_only_linear", &weight_only_linear); }
 
-}  // namespace fxquant
+}  // namespace fxquant::weight_only_kernels

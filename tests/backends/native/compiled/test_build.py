@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fxquant.backends.native.compiled import build
+from fxquant.backends.native.machine import Instructions
 from fxquant.disk.files import digest
 
 FLAGS = ("-mavx2",)
@@ -133,3 +134,36 @@ def test_a_user_without_a_home(compiled: list[Path], monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(build.BuildError, match=r"no home folder.*FXQUANT_CACHE"):
         build._library(FLAGS)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 100])
+def test_every_source_is_compiled_in_one_batch(most: int) -> None:
+    sources = sorted(build.SOURCES.glob("*.cpp"))
+    batches = build._batches(sources, most)
+    assert len(batches) == min(most, len(sources))
+    assert all(batches)
+    assert sorted(source for batch in batches for source in batch) == sources
+
+
+def test_batches_are_of_about_the_same_size() -> None:
+    sizes = [sum(path.stat().st_size for path in batch) for batch in build._batches([*build.SOURCES.glob("*.cpp")], 2)]
+    assert max(sizes) < 1.2 * min(sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [1, 3])
+def test_sources_can_share_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(build, "_cores", lambda: most)
+    assert build._compile(build._compiler(), Instructions.AVX2.flags, tmp_path).stat().st_size > 0
+    assert len([*tmp_path.glob("*.o")]) == most
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be bound to cores here")
+def test_no_more_batches_than_cores_that_the_process_may_use() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert build._cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert build._cores() == len(allowed)
