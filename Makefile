@@ -20,6 +20,9 @@ KILLS ?= 50
 CALLS ?= 2000
 # Models that `make bench-cpu` measures, with their number of layers; dit:28 is a complete DiT-XL/2.
 MODELS ?= dit:4,dit-1024:2,pixart-sigma:2,sd3-medium:2
+# Minutes after which `make bench-cpu` starts no further system, for these models and for whole images.
+MINUTES ?= 18
+IMAGE_MINUTES ?= 8
 # Options of `make bench-gpu`, such as --model dit,flux@1 --batch 2,16 --budget 500.
 GPU_ARGS ?=
 # Options of `make gpu-wheels`, such as --python 3.11 or --without numpy,scipy.
@@ -117,8 +120,12 @@ bench: $(STAMP) ## time the conversion of models
 
 bench-cpu: $(STAMP) ## time quantized models on the CPU, compared with other quantizers
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench,demo]'
+	-$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench-more]'
 	@# Threads that sleep between products take about 5 % longer. Nothing else should run at the same time anyway.
-	env -u OMP_WAIT_POLICY $(PY) -m benchmarks.cpu --model $(MODELS) --json $(OUT)/cpu.json --markdown $(OUT)/cpu.md
+	env -u OMP_WAIT_POLICY $(PY) -m benchmarks.cpu --model $(MODELS) --minutes $(MINUTES) \
+		--json $(OUT)/cpu.json --markdown $(OUT)/cpu.md
+	env -u OMP_WAIT_POLICY $(PY) -m benchmarks.cpu.images --minutes $(IMAGE_MINUTES) \
+		--json $(OUT)/images.json --markdown $(OUT)/images.md
 
 bench-gpu: $(STAMP) ## check products and models on a GPU or in Triton's interpreter, and time them on a GPU
 	$(PY) -m benchmarks.gpu $(GPU_ARGS) --json $(OUT)/gpu.json --markdown $(OUT)/gpu.md

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import statistics
 from collections.abc import Sequence
@@ -25,6 +26,14 @@ def decibel(value: float | None) -> str:
 def finite(value: float | None) -> float | str | None:
     """The value for JSON, which has neither infinity nor NaN: these become text."""
     return str(value) if value is not None and not math.isfinite(value) else value
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module, such as ``optimum.quanto``, could be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # Of the package that holds it.
+        return False
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

@@ -2,14 +2,13 @@
 
 Each tool quantizes the digits model as it is, and after balancing, in a process that computes in float32. The error is
 that of the predicted noise against the float model, on a trajectory that calibration has not seen. Tools that are not
-installed are left out; see the extra `bench`, and `pip install sdnq optimum-quanto`.
+installed are left out; see the extra `bench`, and the extra `bench-more`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 import fxquant
 from benchmarks.digits import digits_task
+from benchmarks.figures import is_installed
 from benchmarks.models import Task
 from benchmarks.shapes import Call
 from examples.digits.salience import plant_salience
@@ -47,10 +47,7 @@ class Tool:
 
     @property
     def installed(self) -> bool:
-        try:
-            return all(importlib.util.find_spec(name) is not None for name in self.packages)
-        except ModuleNotFoundError:  # Of the package that holds the module.
-            return False
+        return all(map(is_installed, self.packages))
 
 
 def _module(model: nn.Module) -> Run:

@@ -18,6 +18,6 @@ How it measures:
   imports. Systems that can be stored, ours and OpenVINO's, are made in another process and loaded from disk, as in
   deployment; the others are made in the measured process.
 
-Other quantizers are an optional extra, ``pip install '.[bench]'``. Those that are not installed are left out, and a
-line says so.
+Other quantizers are optional extras, ``pip install '.[bench,bench-more]'``. Those that are not installed are left out,
+and a line says so.
 """

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,11 +31,16 @@ def main() -> None:
 def run(options: argparse.Namespace, systems: list[System], scratch: Path) -> None:
     """Measure all models; print and write after each, so that an interrupted run keeps its results."""
     log = None if options.verbose else subprocess.DEVNULL
-    settings = Settings("", options.batch, options.rounds, options.threads, options.together, log)
+    began = time.monotonic()
+    until = None if options.minutes is None else began + 60 * options.minutes
+    settings = Settings("", options.batch, options.rounds, options.threads, options.together, log, until)
     found, digits = machine(options.threads), Digits(settings, scratch)
     reports, tables = [], []
-    for model in options.model.split(","):
-        settings = replace(settings, model=model)
+    models = options.model.split(",")
+    for number, model in enumerate(models, 1):
+        # Time that a model leaves goes to the models after it.
+        until = None if options.minutes is None else began + 60 * options.minutes * number / len(models)
+        settings = replace(settings, model=model, until=until)
         title = task_of(model, options.batch).name
         measured = measure(settings, systems)
         if options.digits:
@@ -60,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=2, help="samples per call, an even number")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each system")
     parser.add_argument("--together", type=int, default=32, help="most systems in memory at a time, if they fit")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="start no system after so many minutes, divided over the models; the main ones are first",
+    )
     parser.add_argument("--only", action="append", help="only systems whose names contain this text; repeatable")
     parser.add_argument("--no-digits", dest="digits", action="store_false", help="leave out the trained model")
     parser.add_argument("--json", type=Path, help="file for all measurements")

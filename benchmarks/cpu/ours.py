@@ -15,6 +15,8 @@ from fxquant.backends.native import Native
 from fxquant.pipeline.backend import BACKENDS, Backend
 from fxquant.pipeline.recipes import Recipe, make_recipe
 
+_MAIN = ("W8A8", "W8A8 dynamic", "W4A8")
+
 
 def our_systems() -> Iterator[System]:
     """Our systems on each backend; backends that are not available are left out."""
@@ -31,10 +33,11 @@ def our_systems() -> Iterator[System]:
         "W4A8": _checkpoint("w4a8", make_recipe("ptq4dit-w4a8")),
     }
     for name in ("W8A8", "W8A8, all layers"):
-        yield System(f"native {name}, eager", _loaded("native", compiled=False), stored[name])
+        yield System(f"native {name}, eager", _loaded("native", compiled=False), stored[name], main=True)
     for name, made in stored.items():
         dtype = torch.bfloat16 if "bf16" in name else torch.float32
-        yield System(f"native {name}, compiled", _loaded("native", compiled=True, dtype=dtype), made)
+        start = _loaded("native", compiled=True, dtype=dtype)
+        yield System(f"native {name}, compiled", start, made, main=name in _MAIN)
     for name, recipe in (("W8A8", plain), ("W8A8, all layers", make_recipe("ptq4dit-w8a8", "all"))):
         yield System(f"native {name}, ahead of time", _packaged, _package(f"aot-{name}", recipe))
     start = _loaded(partial(Native, kernels="onednn"), compiled=True)

@@ -17,15 +17,17 @@ _MODEL = "model.xml"
 
 
 def peer_systems() -> Iterator[System]:
-    """Torchao and OpenVINO."""
+    """Torchao, SDNQ, quanto and OpenVINO."""
     yield System("torchao int8 dynamic, bf16, compiled", _torchao_dynamic, needs=("torchao",))
     for dynamic in (True, False):
         name = f"torchao pt2e x86 {'dynamic' if dynamic else 'static'}, frozen"
-        yield System(name, _torchao_pt2e(dynamic), needs=("torchao",))
+        yield System(name, _torchao_pt2e(dynamic), needs=("torchao",), main=True)
+    yield System("SDNQ int8 dynamic, bf16, compiled", _sdnq, needs=("sdnq", "openvino"))
+    yield System("quanto int8 static, bf16, compiled", _quanto, needs=("optimum.quanto",))
     plain, quantized = Stored("openvino", _openvino), Stored("openvino-int8", _openvino_int8)
     yield System("OpenVINO fp32", _infer("f32"), plain, ("openvino",))
-    yield System("OpenVINO + NNCF int8, f32 rest", _infer("f32"), quantized, ("openvino", "nncf"))
-    yield System("OpenVINO + NNCF int8, bf16 rest", _infer("bf16"), quantized, ("openvino", "nncf"))
+    yield System("OpenVINO + NNCF int8, f32 rest", _infer("f32"), quantized, ("openvino", "nncf"), main=True)
+    yield System("OpenVINO + NNCF int8, bf16 rest", _infer("bf16"), quantized, ("openvino", "nncf"), main=True)
 
 
 def _torchao_dynamic(task: Task, folder: Path) -> Run:
@@ -54,6 +56,28 @@ def _torchao_pt2e(dynamic: bool) -> Callable[[Task, Path], Run]:
         return lambda call: module(**call)[0]
 
     return start
+
+
+def _sdnq(task: Task, folder: Path) -> Run:
+    from sdnq import sdnq_post_load_quant
+
+    # On CPUs it multiplies codes by OpenVINO, if that is installed.
+    quantized = sdnq_post_load_quant(task.model(torch.bfloat16), weights_dtype="int8", use_quantized_matmul=True)
+    module = torch.compile(quantized)
+    return lambda call: module(**cast(call, torch.bfloat16))[0]
+
+
+def _quanto(task: Task, folder: Path) -> Run:
+    from optimum.quanto import Calibration, freeze, qint8, quantize
+
+    model = task.model(torch.bfloat16)
+    quantize(model, weights=qint8, activations=qint8)
+    with Calibration():
+        task.calibrate(model, torch.bfloat16)
+    freeze(model)
+    torch._dynamo.config.recompile_limit = 1024  # Each of its linears is compiled; beyond the limit they run eagerly.
+    module = torch.compile(model)
+    return lambda call: module(**cast(call, torch.bfloat16))[0]
 
 
 class Positional(nn.Module):

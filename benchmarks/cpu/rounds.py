@@ -31,6 +31,7 @@ class Settings:
         together: The most systems in memory at a time, if they fit. Each such group is measured together with the
             reference.
         log: Where the standard error of the processes goes.
+        until: Value of ``time.monotonic`` after which no further system is started; None for no end.
     """
 
     model: str
@@ -39,8 +40,15 @@ class Settings:
     threads: int
     together: int
     log: Any = subprocess.DEVNULL
+    until: float | None = None
+
+    @property
+    def has_time(self) -> bool:
+        """Whether another system may be started."""
+        return self.until is None or time.monotonic() < self.until
 
 
+NO_TIME = "not started, because the time was used up (--minutes)"
 _TO_MAKE = 4
 """Memory that making a system may need, as a multiple of the float model's."""
 
@@ -59,10 +67,12 @@ class Failed(Exception):
 class Process:
     """One worker process. Messages are lines of JSON."""
 
-    def __init__(self, settings: Settings, mode: str, system: str = "", folder: str = "", scratch: str = "") -> None:
+    def __init__(
+        self, settings: Settings, mode: str, system: str = "", folder: str = "", scratch: str = "", **more: Any
+    ) -> None:
         order = {
             "mode": mode, "system": system, "model": settings.model, "batch": settings.batch,
-            "threads": settings.threads, "folder": folder, "scratch": scratch,
+            "threads": settings.threads, "folder": folder, "scratch": scratch, **more,
         }  # fmt: skip
         self.child = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.cpu.worker", json.dumps(order)],
@@ -105,6 +115,38 @@ class Process:
             self.child.stdin.close()
         self.child.stdout.close()
         self.child.wait()
+
+
+class Stores:
+    """The files that systems load, made once for all systems that share them."""
+
+    def __init__(self, settings: Settings, scratch: Path) -> None:
+        self.settings, self.scratch = settings, scratch
+        self._failures: dict[str, str | None] = {}
+
+    def folder(self, system: System) -> str:
+        """The folder of a system's files, which are made if needed; empty for a system without files.
+
+        Raises:
+            Failed: If they cannot be made.
+        """
+        if system.stored is None:
+            return ""
+        folder = self.scratch / f"stored-{system.stored.name}"
+        if system.stored.name not in self._failures:
+            folder.mkdir()
+            process = Process(self.settings, "prepare", system.name, str(folder))
+            try:
+                process.read()
+                self._failures[system.stored.name] = None
+            except Failed as error:
+                self._failures[system.stored.name] = str(error)
+            finally:
+                process.close()
+        reason = self._failures[system.stored.name]
+        if reason is not None:
+            raise Failed(reason)
+        return str(folder)
 
 
 @dataclass
@@ -179,9 +221,11 @@ def measure(settings: Settings, systems: Sequence[System]) -> Measured:
                 return Measured([reference.row])
             measured = Measured([reference.row])
             session.start_roofline(measured)
-            pending = list(systems[1:])
+            pending = sorted(systems[1:], key=lambda system: not system.main)
             while pending or not reference.row.seconds:
                 session.group(measured, reference, pending)
+            order = [system.name for system in systems]
+            measured.rows.sort(key=lambda row: order.index(row.system))
         finally:
             session.close()
     return measured
@@ -199,7 +243,7 @@ class _Session:
 
     def __init__(self, settings: Settings, scratch: Path) -> None:
         self.settings, self.scratch = settings, scratch
-        self.stored: dict[str, str | None] = {}
+        self.stores = Stores(settings, scratch)
         self.open: list[Process] = []
         self.roofline: Process | None = None
 
@@ -211,7 +255,7 @@ class _Session:
         folder.mkdir()
         process = None
         try:
-            stored = self.store(system)
+            stored = self.stores.folder(system)
             process = Process(self.settings, "serve", system.name, stored, str(folder))
             self.open.append(process)
             said = process.read()
@@ -221,26 +265,6 @@ class _Session:
         except Failed as error:
             self.fail(seat, error)
         return seat
-
-    def store(self, system: System) -> str:
-        """Make the files that a system loads, once for all systems that share them, and return their folder."""
-        if system.stored is None:
-            return ""
-        folder = self.scratch / f"stored-{system.stored.name}"
-        if system.stored.name not in self.stored:
-            folder.mkdir()
-            process = Process(self.settings, "prepare", system.name, str(folder))
-            try:
-                process.read()
-                self.stored[system.stored.name] = None
-            except Failed as error:
-                self.stored[system.stored.name] = str(error)
-            finally:
-                process.close()
-        reason = self.stored[system.stored.name]
-        if reason is not None:
-            raise Failed(reason)
-        return str(folder)
 
     def start_roofline(self, measured: Measured) -> None:
         """Start the process that measures the roofline."""
@@ -258,6 +282,10 @@ class _Session:
         """Start pending systems while memory suffices, measure them with the reference, and end them."""
         seats: list[_Seat] = []
         while pending and (not seats or self.has_room(reference, len(seats) + 1)):
+            if not self.settings.has_time:
+                measured.rows += [Row(system.name, NO_TIME) for system in pending]
+                pending.clear()
+                break
             seats.append(self.start(pending.pop(0)))
         for seat in seats:
             measured.rows.append(seat.row)
@@ -326,6 +354,8 @@ class Digits:
             row.digits_failed = str(found) if isinstance(found, Failed) else None
 
     def _measure(self, system: System) -> float | Failed:
+        if not self.settings.has_time:
+            return Failed(NO_TIME)
         folder = self.scratch / ("none" if system.stored is None else system.stored.name)
         folder.mkdir(exist_ok=True)
         process = Process(replace(self.settings, model="digits"), "digits", system.name, str(folder))
@@ -353,7 +383,7 @@ def present(systems: Sequence[System]) -> Iterator[System]:
         if system.missing:
             say(
                 f"{system.name}: left out, because {' and '.join(system.missing)} is not installed; "
-                "pip install '.[bench]'"
+                "pip install '.[bench,bench-more]'"
             )
         else:
             yield system

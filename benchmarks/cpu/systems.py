@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.figures import is_installed
 from benchmarks.models import Task, cast
 from benchmarks.shapes import Call
 
@@ -38,18 +38,20 @@ class System:
         name: Name in the table.
         start: Makes the system, or loads it from the folder that ``stored`` filled, ready to be called.
         stored: Files to make beforehand, or None.
-        needs: Packages that the system needs.
+        needs: Modules of the packages that the system needs.
+        main: Whether it is measured before others, in case the time does not suffice for all.
     """
 
     name: str
     start: Callable[[Task, Path], Run]
     stored: Stored | None = None
     needs: tuple[str, ...] = ()
+    main: bool = False
 
     @property
     def missing(self) -> list[str]:
         """Needed packages that are not installed."""
-        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+        return [name for name in self.needs if not is_installed(name)]
 
 
 REFERENCE = "eager fp32"
@@ -73,6 +75,6 @@ def all_systems() -> dict[str, System]:
         System(REFERENCE, _float(torch.float32, compiled=False)),
         System("compiled fp32", _float(torch.float32, compiled=True)),
         System("eager bf16", _float(torch.bfloat16, compiled=False)),
-        System("compiled bf16", _float(torch.bfloat16, compiled=True)),
+        System("compiled bf16", _float(torch.bfloat16, compiled=True), main=True),
     ]
     return {system.name: system for system in (*floats, *peer_systems(), *our_systems())}

@@ -2,7 +2,7 @@
 
 Modes: ``prepare`` makes the stored files; ``serve`` starts the system, reports its start time and memory, and times one
 call for every line that it reads; ``digits`` reports the error on the trained model; ``roofline`` times integer
-products of the model's shapes for every line that it reads.
+products of the model's shapes for every line that it reads; ``image`` times whole pipelines.
 """
 
 from __future__ import annotations
@@ -106,6 +106,15 @@ def digits(order: dict[str, Any], tell: Tell) -> None:
     tell(sqnr_db=mean_sqnr(task, system.start(task, folder)))
 
 
+def image(order: dict[str, Any], tell: Tell) -> None:
+    """Report the seconds of images of a whole pipeline; see :mod:`benchmarks.cpu.images`."""
+    from benchmarks.cpu.images import measured
+
+    task = _task(order)
+    run = _system(order).start(task, Path(order["folder"]))
+    tell(**measured(task, run, order["steps"], order["rounds"]))
+
+
 def roofline(order: dict[str, Any], tell: Tell) -> None:
     """Report the operations in the linears of a call; answer every line with the best rate of each product."""
     from fxquant.inspect.profiling.roofline import int8_product
@@ -146,6 +155,7 @@ _MODES: dict[str, Callable[[dict[str, Any], Tell], None]] = {
     "prepare": prepare,
     "serve": serve,
     "digits": digits,
+    "image": image,
     "roofline": roofline,
 }
 

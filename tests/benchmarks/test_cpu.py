@@ -7,6 +7,8 @@ import math
 import runpy
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -93,6 +95,24 @@ class TestRounds:
         measure(SETTINGS, [system(REFERENCE), system("a"), system("b")])
         assert fakes.log.index("end a") < fakes.log.index("serve b")
 
+    def test_main_systems_are_first_and_the_table_keeps_the_order(self, fakes):
+        systems = [system(REFERENCE), system("a"), replace(system("b"), main=True)]
+        found = measure(replace(SETTINGS, until=time.monotonic() + 1000), systems)
+        assert fakes.log.index("serve b") < fakes.log.index("serve a")
+        assert [row.system for row in found.rows] == [REFERENCE, "a", "b"]
+        assert all(len(row.seconds) == 2 for row in found.rows)
+
+    def test_nothing_is_started_when_the_time_is_used_up(self, fakes, tmp_path):
+        ended = replace(SETTINGS, until=time.monotonic() - 1)
+        found = measure(ended, [system(REFERENCE), system("a"), system("b")])
+        assert [row.failed for row in found.rows] == [None, rounds.NO_TIME, rounds.NO_TIME]
+        assert len(found.rows[0].seconds) == 2
+        assert f"- a: {rounds.NO_TIME}" in table(found)
+        rows = [Row("a")]
+        Digits(ended, tmp_path).fill(rows, [system("a")])
+        assert rows[0].digits_failed == rounds.NO_TIME
+        assert not any(line.startswith(("serve a", "digits")) for line in fakes.log)
+
     def test_what_several_load_is_made_once(self, fakes):
         measure(SETTINGS, [system(REFERENCE), system("a", "w8"), system("b", "w8")])
         assert [line for line in fakes.log if line.startswith("prepare")] == ["prepare a"]
@@ -150,7 +170,7 @@ def test_a_missing_peer_is_left_out_with_a_line(capsys):
     gone = System("there", lambda t, f: None, needs=("torch", "no_such_package"))
     assert list(present([kept, gone])) == [kept]
     assert capsys.readouterr().err == (
-        "there: left out, because no_such_package is not installed; pip install '.[bench]'\n"
+        "there: left out, because no_such_package is not installed; pip install '.[bench,bench-more]'\n"
     )
 
 
@@ -158,7 +178,13 @@ def test_the_reference_stands_first_and_names_differ():
     systems = all_systems()
     assert next(iter(systems)) == REFERENCE
     peers = [found for found in systems.values() if found.needs]
-    assert {need for peer in peers for need in peer.needs} == {"torchao", "openvino", "nncf"}
+    assert {need for peer in peers for need in peer.needs} == {
+        "torchao",
+        "openvino",
+        "nncf",
+        "sdnq",
+        "optimum.quanto",
+    }
 
 
 class TestModels:
