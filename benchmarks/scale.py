@@ -306,7 +306,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(6, 3.6))
     for way, color in (("memory", "#b33"), ("bounded", "#36c")):
@@ -315,6 +315,10 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
         axes.plot(x, [case["total"] / 1e9 for case in own], "o-", color=color, label=f"{way}, total")
         axes.plot(x, [case["anonymous"] / 1e9 for case in own], "o:", color=color, label=f"{way}, anonymous")
     axes.set(xscale="log", yscale="log", xlabel="billions of parameters", ylabel="peak, GB")
+    for axis, places in ((axes.xaxis, sorted({case["billions"] for case in cases})), (axes.yaxis, (0.5, 1, 2, 4, 8))):
+        axis.set_major_locator(ticker.FixedLocator(places))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.set_minor_locator(ticker.NullLocator())
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.tight_layout()
