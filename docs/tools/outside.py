@@ -25,6 +25,7 @@ OUTSIDE = (
     "benchmarks/results/convert.md",
     "benchmarks/results/cpu.md",
     "benchmarks/results/cold-start.md",
+    "benchmarks/results/scale.json",
     "benchmarks/results/step-caches.md",
     "examples/digits/README.md",
     "examples/digits/samples.png",

@@ -106,9 +106,10 @@ class FileWeights:
 
 def let_go(tensor: Tensor) -> None:
     """Take note that another tensor takes the place of this one: its memory is given back, or soon will be."""
-    real = not isinstance(tensor, FakeTensor) and tensor.device.type == "cpu"
-    if real and not give_back(tensor):
-        give_back_freed(tensor.nbytes)
+    if isinstance(tensor, FakeTensor) or tensor.device.type != "cpu":
+        return
+    give_back(tensor)
+    give_back_freed(tensor.nbytes)  # Also what was computed on the way to the other tensor, which is larger than both.
 
 
 def give_back(tensor: Tensor) -> bool:

@@ -74,3 +74,14 @@ def test_freed_memory_that_the_allocator_holds_is_given_back() -> None:
     give_back_freed(_OFTEN)
     assert resident() < before - 0.8 * 64 * (1 << 20)
     assert all(bool((block == 1).all()) for block in left)
+
+
+def test_what_was_freed_on_the_way_to_new_weights_is_given_back_too(mapped: Tensor) -> None:
+    blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(128)]
+    before = resident()
+    left = blocks[::2]
+    del blocks
+    for _ in range(1 + _OFTEN // mapped.nbytes):  # Weights whose values a file has.
+        let_go(mapped)
+    assert resident() < before - 0.8 * 64 * (1 << 20)
+    assert len(left) == 64
