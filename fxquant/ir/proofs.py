@@ -33,13 +33,25 @@ def prove(node: fx.Node) -> None:
 
 
 def prove_trace(graph: fx.Graph) -> None:
-    """Record it for all ops of a graph that was just traced: the trace ran each one on the recorded values.
+    """Record it for the ops of a graph that was just traced: the trace ran each one on the recorded values.
 
     That holds if no op writes into a value. What later changes a node undoes its proof.
+
+    Ops whose result has another dtype than all of their inputs are left out, because that may be due to where the
+    model's code ran them: under another default dtype, under autocast, or before it gave the result other ``.data``.
     """
     for node in graph.nodes:
         if node.op == "call_function" and all("val" in each.meta for each in (node, *node.all_input_nodes)):
-            prove(node)
+            read = {dtype for each in node.all_input_nodes for dtype in _dtypes(each.meta["val"])}
+            if _dtypes(node.meta["val"]) <= read:
+                prove(node)
+
+
+def _dtypes(value: Any) -> set[torch.dtype]:
+    """The dtypes of a value, or of the tensors in a list."""
+    if isinstance(value, (tuple, list)):
+        return {dtype for item in value for dtype in _dtypes(item)}
+    return {value.dtype} if isinstance(value, Tensor) else set()
 
 
 def is_proven(node: fx.Node) -> bool:

@@ -34,6 +34,7 @@ _PAUSE = 20  # Times as long as it took to give memory back, until it is given b
 _IN_MEMORY = {"tmpfs", "ramfs"}
 
 _current: list[Bound] = []
+_entering = threading.Lock()
 
 
 class Bound:
@@ -81,7 +82,8 @@ class Bound:
             place = moved[storage.data_ptr()].untyped_storage()
             view = torch.empty(0, dtype=tensor.dtype)
             view.set_(place, tensor.storage_offset(), tensor.shape, tensor.stride())
-            tensor.data = view
+            view = view.conj() if tensor.is_conj() else view
+            tensor.data = torch._neg_view(view) if tensor.is_neg() else view
             self.relax()
 
     def require(self, nbytes: int, what: str) -> None:
@@ -213,17 +215,18 @@ def limit_memory(limit: int | str | None, scratch: str | Path | None = None) -> 
         yield None
         return
     size = read_size(limit)
-    if current() is not None:
-        raise ConfigurationError("max_memory is given twice: a bound of the memory is in force already")
     if sys.platform != "linux" or not hasattr(mmap, "MADV_REMOVE"):
         raise ConfigurationError(
             f"max_memory needs Linux: {sys.platform} has no call that gives the memory of mapped files back. Convert "
             "without it, on a machine with memory for about twice the float weights"
         )
-    bound = Bound(size, _checked_folder(Path(tempfile.gettempdir() if scratch is None else scratch)))
-    bound.require(0, "a conversion")
-    _current.append(bound)
-    bound.start()
+    with _entering:
+        if current() is not None:
+            raise ConfigurationError("max_memory is given twice: a bound of the memory is in force already")
+        bound = Bound(size, _checked_folder(tempfile.gettempdir() if scratch is None else scratch))
+        bound.require(0, "a conversion")
+        bound.start()
+        _current.append(bound)
     try:
         yield bound
     finally:
@@ -261,11 +264,15 @@ def _is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
-def _checked_folder(folder: Path) -> Path:
+def _checked_folder(scratch: str | Path) -> Path:
+    if not isinstance(scratch, (str, Path)):
+        raise ConfigurationError(f"scratch={scratch!r} is no path of a folder; give a text or a pathlib.Path")
+    folder = Path(scratch)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"the folder {folder} for scratch files cannot be made: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"the folder {str(folder)!r} for scratch files cannot be made: {reason}") from error
     if _file_system(folder) in _IN_MEMORY:
         raise ConfigurationError(
             f"the folder {folder} for scratch files lies in memory ({_file_system(folder)}); give one on a disk: "

@@ -118,6 +118,44 @@ def test_what_a_trace_proves_is_true(make, writes):
     assert counted(forget_proofs(module)) > 0
 
 
+class InFloat64(Model):
+    """Its table has another dtype when the graph runs, where the default dtype is another one."""
+
+    def forward(self, x, timestep):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            table = torch.arange(8) / 3
+        finally:
+            torch.set_default_dtype(before)
+        return self.linear(x * table.to(x.dtype))
+
+
+class GivesOtherData(Model):
+    def forward(self, x, timestep):
+        y = self.linear(x).clone()
+        y.data = y.data.double()
+        return y * 2
+
+
+class UnderAutocast(Model):
+    def forward(self, x, timestep):
+        torch.set_autocast_enabled("cpu", True)
+        torch.set_autocast_dtype("cpu", torch.bfloat16)
+        try:
+            return self.linear(x)
+        finally:
+            torch.set_autocast_enabled("cpu", False)
+
+
+@pytest.mark.parametrize("cls", [InFloat64, GivesOtherData, UnderAutocast])
+def test_a_trace_does_not_prove_what_depends_on_where_its_code_ran(cls):
+    architecture = Architecture.of(cls().eval(), "timestep")
+    call = architecture.canonical((torch.randn(2, 4, 8), torch.zeros(2)), {})
+    with pytest.raises(VerificationError, match="but is recorded as"):
+        check(architecture.capture(call).module)
+
+
 class Writes(Model):
     def forward(self, x, timestep):
         return self.linear(x).mul_(2).unsqueeze(0)

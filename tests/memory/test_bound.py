@@ -139,6 +139,62 @@ def test_one_bound_at_a_time(tmp_path: Path) -> None:
     assert current() is None
 
 
+def test_of_threads_that_enter_at_once_one_is_let_in(tmp_path: Path) -> None:
+    ready, leave = threading.Barrier(4), threading.Event()
+    entered: list[int] = []
+    refused: list[ConfigurationError] = []
+
+    def enter(number: int) -> None:
+        ready.wait()
+        try:
+            with limit_memory("64GB", tmp_path):
+                entered.append(number)
+                leave.wait(60)
+        except ConfigurationError as error:
+            refused.append(error)
+            if len(refused) == 3:
+                leave.set()
+
+    threads = [threading.Thread(target=enter, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(entered), len(refused), current()) == (1, 3, None)
+
+
+def test_without_a_thread_that_watches_there_is_no_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"), limit_memory("64GB", tmp_path):
+            pass
+    assert current() is None
+
+
+@pytest.mark.parametrize("scratch", [5, b"/tmp", ["/tmp"], "a\0b"])
+def test_what_is_not_a_folder(scratch: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"scratch"), limit_memory("64GB", scratch):
+        pass
+
+
+@pytest.mark.parametrize("change", [torch.conj, torch._neg_view], ids=["conjugate", "negative"])
+def test_lazily_changed_buffers_keep_their_values(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    model = nn.Module()
+    model.register_buffer("table", change(torch.randn(128, 256, dtype=torch.complex64)))
+    expected = model.table.clone()
+    with limit_memory("64GB", tmp_path) as found:
+        assert found is not None
+        found.place_weights(model)
+        assert found.scratch.holds(model.table)
+        assert torch.equal(model.table, expected)
+    assert torch.equal(model.table, expected)
+
+
 def test_a_folder_in_memory_is_refused(tmp_path: Path) -> None:
     if not Path("/dev/shm").is_dir():
         pytest.skip("no file system in memory here")
