@@ -259,7 +259,7 @@ class MemoryLimitError(FxquantError, MemoryError):
     """A bound on memory is too small for a step; the message names the step.
 
     Attributes:
-        smallest: The smallest bound that would do, in bytes.
+        smallest: A bound that would do, in bytes: what was needed, and an eighth on top.
     """
 
     def __init__(self, message: str, smallest: int) -> None:

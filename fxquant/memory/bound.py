@@ -90,15 +90,16 @@ class Bound:
         """Refuse a step that needs more memory than the bound leaves beside what the process holds already.
 
         Raises:
-            MemoryLimitError: Names the step, and the smallest bound that would do.
+            MemoryLimitError: Names the step, and a bound that would do: what is needed, and an eighth on top.
         """
         self.release()
         needed = resident() + nbytes
         if needed > self.limit:
+            enough = needed + needed // 8  # The next run may hold more at this step, and later steps too.
             raise MemoryLimitError(
                 f"max_memory={shown(self.limit)} is too small: {what} needs {shown(nbytes)} at a time, beside "
-                f"{shown(needed - nbytes)} that the process holds with its libraries. Give at least {shown(needed)}",
-                smallest=needed,
+                f"{shown(needed - nbytes)} that the process holds with its libraries. Give at least {shown(enough)}",
+                smallest=enough,
             )
 
     def relax(self) -> None:

@@ -109,7 +109,7 @@ def require_largest(plan: Plan, moments: Collection[str], graph: fx.Graph, batch
         batch: The batch size of its calls; 0 if none is made.
 
     Raises:
-        MemoryLimitError: Names the layer or the call, and the smallest bound that would do.
+        MemoryLimitError: Names the layer or the call, and a bound that would do.
     """
     bound = current()
     if bound is None:
